@@ -1,0 +1,1 @@
+"""Lightning callbacks: progress, sample grids, validation, records, checkpoints."""

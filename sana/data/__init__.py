@@ -1,0 +1,1 @@
+"""Shards, orders, captions, the embedded scenes world, and the LightningDataModules over them."""

@@ -1,0 +1,1 @@
+"""Autoencoders between pixels in [-1, 1] and latents scaled to unit order."""

@@ -1,0 +1,1 @@
+"""Text encoders from prompts to token features and masks."""

@@ -1,0 +1,1 @@
+"""Scores of generated images. Receives images and prompts; never a model."""

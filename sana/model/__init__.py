@@ -1,0 +1,1 @@
+"""LightningModules: thin glue that joins the parts of one shape of training step."""

@@ -1,0 +1,1 @@
+"""Composing configurations, checking them, and the records a run leaves behind and how to read them."""

@@ -1,0 +1,1 @@
+"""Integrators of a velocity and guidance of it. Functions of callables; no networks, no decoding."""

@@ -1,0 +1,120 @@
+"""The contracts between packages: what travels from one to another, with shapes, ranges and units.
+
+Conventions, stated once and used everywhere:
+
+* Time ``t`` is in [0, 1]; ``t = 0`` is data and ``t = 1`` is noise.
+* The linear path is ``xt = (1 - t) x0 + t eps`` and the velocity is ``v = eps - x0``.
+* Pixels are in [-1, 1], ``(b, 3, h, w)`` for images and ``(b, 3, f, h, w)`` for videos.
+* Dimensions by letter: b batch, f frames, c channels, h w height and width of the latent, n tokens = f h w,
+  d width of the network, l text tokens.
+* Latents are scaled by the autoencoder so that they are of unit order: ``(b, c, f, h, w)`` inside networks and
+  objectives; an image has f = 1 and gets that axis at the edge (`sana.model`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+Velocity = Callable[[Tensor, Tensor], Tensor]
+"""``v = velocity(x, t)`` with x (b, ...), t (b,) in [0, 1] and v like x. What a sampler integrates."""
+
+State = Any
+"""What a streaming module carries from one chunk to the next: a pytree of tensors, or None before the first chunk."""
+
+
+class Grid(NamedTuple):
+    """Size of the latent in tokens: f frames of h rows and w columns; tokens are row-major, (f, h, w)."""
+
+    f: int
+    h: int
+    w: int
+
+    @property
+    def tokens(self) -> int:
+        """n = f h w."""
+        return self.f * self.h * self.w
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What a network is conditioned on, as it leaves the encoders.
+
+    Attributes:
+        text: token features, (b, l, c_text), as the text encoder gives them (not normalised).
+        mask: (b, l) bool, True where the token may be attended to. None: all of them.
+        guidance: (b,) guidance scale for networks that embed it (Sprint), else None.
+    """
+
+    text: Tensor
+    mask: Tensor | None = None
+    guidance: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a network derives from a `Condition` once per prompt and reuses over all steps.
+
+    Attributes:
+        text_kv: per layer, the fused keys and values of the caption, (b, l, 2 d).
+        mask: (b, l) bool or None, as in `Condition`.
+        guidance: (b,) or None, as in `Condition`.
+    """
+
+    text_kv: tuple[Tensor, ...]
+    mask: Tensor | None = None
+    guidance: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Edits:
+    """Interventions on single layers of one forward pass; the empty default changes nothing.
+
+    Attributes:
+        identity_attention: layers whose self-attention returns its values (perturbed-attention guidance).
+        residual: layer -> (b, n, d) added to the tokens after that layer (ControlNet, camera rays).
+    """
+
+    identity_attention: frozenset[int] = frozenset()
+    residual: Mapping[int, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Context:
+    """What every block of one forward pass shares.
+
+    Attributes:
+        grid: size of the latent in tokens.
+        modulation: (b, f, 6, d): shift, scale, gate of the mixer, then of the FFN, from the timestep, before the
+            block's own table is added.
+        mask: (b, l) bool or None: which caption tokens may be attended to.
+        edits: interventions by layer.
+    """
+
+    grid: Grid
+    modulation: Tensor
+    mask: Tensor | None = None
+    edits: Edits = field(default_factory=Edits)
+
+
+@dataclass
+class Batch:
+    """One training batch, as the data module yields it.
+
+    Attributes:
+        image: (b, 3, H, W) float in [-1, 1], or None when latents are cached.
+        latent: (b, c, h, w) float, already scaled, or None.
+        caption: one prompt per sample, after caption choice; "" where it was dropped.
+        index: (b,) int64, the position of each sample in the global stream of the run (it grows over epochs and
+            never depends on ranks or workers): the key of all randomness that concerns the sample.
+        key: the sample's name in its shard, for messages.
+    """
+
+    image: Tensor | None
+    latent: Tensor | None
+    caption: list[str]
+    index: Tensor
+    key: list[str]
