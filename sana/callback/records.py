@@ -1,0 +1,86 @@
+"""Writes the numbers of a run: one line of metrics.jsonl at a time, and the same to the other loggers."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from lightning import Callback, Trainer
+from torch import Tensor
+
+from sana.model.base import Recipe
+from sana.run.records import MetricsLog
+
+
+class Records(Callback):
+    """Logs the recipe's report every few updates, with the step-time split and the throughput.
+
+    Args:
+        every: updates between two lines; the first update is always logged.
+    """
+
+    def __init__(self, every: int = 20) -> None:
+        if every < 1:
+            raise ValueError(f"callback.records.every must be at least 1, got {every}")
+        self.every = every
+        self.log: MetricsLog | None = None
+        self._last = (0, 0, 0.0)  # updates, samples, wall time at the last line
+        self._ended = 0.0
+
+    def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Open the log; a resumed run appends."""
+        if trainer.is_global_zero:
+            self.log = MetricsLog(Path(trainer.default_root_dir) / "metrics.jsonl")
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Start the clocks."""
+        self._last = (trainer.global_step, pl_module.samples_seen, time.perf_counter())
+        self._ended = time.perf_counter()
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """What passed since the last step ended was waiting for data."""
+        pl_module.seconds["data"] += time.perf_counter() - self._ended
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Write a line when one is due."""
+        step = trainer.global_step
+        if step != self._last[0] and (step % self.every == 0 or step == 1):
+            self._line(trainer, pl_module, step)
+        self._ended = time.perf_counter()
+
+    def _line(self, trainer: Trainer, recipe: Recipe, step: int) -> None:
+        updates, samples, since = self._last
+        now = time.perf_counter()
+        row = {name: _number(value) for name, value in recipe.report.items()}
+        row["train/samples"] = recipe.samples_seen
+        row["train/samples_per_s"] = (recipe.samples_seen - samples) / max(now - since, 1e-9)
+        for part, seconds in recipe.seconds.items():
+            row[f"time/{part}"] = seconds / max(step - updates, 1)
+        recipe.seconds.clear()
+        self._last = (step, recipe.samples_seen, now)
+        self.write(trainer, step, row)
+
+    def write(self, trainer: Trainer, step: int, row: dict[str, float]) -> None:
+        """Append one line and pass it to the trainer's loggers; other callbacks log through this too."""
+        if self.log is not None:
+            self.log.write(step, row)
+        for logger in trainer.loggers:
+            logger.log_metrics(row, step)
+
+    def teardown(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        """Close the log."""
+        if self.log is not None:
+            self.log.close()
+            self.log = None
+
+
+def log_row(trainer: Trainer, row: dict[str, float]) -> None:
+    """Log numbers of another callback at the current update, through the run's `Records`."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, Records):
+            callback.write(trainer, trainer.global_step, row)
+
+
+def _number(value: Tensor | float) -> float:
+    return float(value)

@@ -1,0 +1,182 @@
+"""LightningDataModules: shards in, `Batch`es out, in an order that is a function of (seed, position)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning import LightningDataModule
+from torch.utils.data import DataLoader, Dataset
+
+from sana.data import latents as latent_cache
+from sana.data.caption import CaptionChoice
+from sana.data.latents import Encode, to_tensor
+from sana.data.order import Order, PositionBatches
+from sana.data.scene_shards import write_scene_shards
+from sana.data.shards import ShardFolder
+from sana.ops.random import uniform
+from sana.types import Batch
+
+
+class Positions(Dataset[tuple[int, int]]):
+    """Maps a stream position to what one sample needs: its number, pixels or latent, and captions."""
+
+    def __init__(self, shards: ShardFolder, order: Order, latents: np.ndarray | None) -> None:
+        self.shards, self.order, self.latents = shards, order, latents
+
+    def __getitem__(self, position: int) -> dict[str, Any]:  # type: ignore[override]
+        i = self.order.sample(position)
+        meta = self.shards.meta(i)
+        item = {"position": position, "key": self.shards.key(i), "captions": _captions(meta, self.shards.key(i))}
+        if self.latents is None:
+            item["image"] = self.shards.image(i)
+        else:
+            item["latent"] = self.latents[i]
+        return item
+
+
+def _captions(meta: dict[str, Any], key: str) -> list[dict[str, Any]]:
+    if meta.get("captions"):
+        return meta["captions"]
+    if "prompt" in meta:
+        return [{"source": "prompt", "text": meta["prompt"], "score": 0.0}]
+    raise ValueError(f"{key}: JSON has neither 'captions' nor 'prompt'")
+
+
+def collate(items: list[dict[str, Any]], *, seed: int, choice: CaptionChoice) -> Batch:
+    """Join samples into a `Batch`, choosing one caption each by its position."""
+    index = torch.tensor([item["position"] for item in items], dtype=torch.int64)
+    u = uniform(seed, index, "caption").tolist()
+    caption = [choice(item["captions"], u[k]) for k, item in enumerate(items)]
+    image = latent = None
+    if "image" in items[0]:
+        image = to_tensor(np.stack([item["image"] for item in items]))
+    else:
+        latent = torch.from_numpy(np.stack([item["latent"] for item in items]))
+    return Batch(image=image, latent=latent, caption=caption, index=index, key=[item["key"] for item in items])
+
+
+class ShardsData(LightningDataModule):
+    """Training from a folder of WebDataset shards.
+
+    Args:
+        folder: directory with ``{split}-*.tar``.
+        batch_size: global batch, over all ranks and micro-batches.
+        accumulate: micro-batches per update; each has ``batch_size / world / accumulate`` samples.
+        caption: how one caption of several is chosen.
+        cache_latents: encode every image once before training and keep the latents beside the shards.
+        num_workers: loader processes per rank.
+        validation: number of held-out samples for validation losses, from the split "val" if there is one, else from
+            the end of the training shards' order (position stream of its own).
+        seed: seed of the order and of caption choice.
+    """
+
+    def __init__(
+        self,
+        folder: str,
+        batch_size: int,
+        caption: CaptionChoice,
+        *,
+        accumulate: int = 1,
+        cache_latents: bool = False,
+        num_workers: int = 0,
+        validation: int = 64,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.folder = Path(folder)
+        self.batch_size, self.accumulate, self.seed = batch_size, accumulate, seed
+        self.choice, self.cache_latents, self.num_workers = caption, cache_latents, num_workers
+        self.validation = validation
+        self.encode: Encode | None = None
+        self.encoder_digest = ""
+        self.progress: Callable[[int, int, float], None] | None = None
+
+    def use_encoder(self, encode: Encode, digest: str) -> None:
+        """Tell how images become latents; called by the trainer's glue before `setup` when `cache_latents` is on."""
+        self.encode, self.encoder_digest = encode, digest
+
+    def prepare_data(self) -> None:
+        """Check the folder on one process, and encode latents if asked."""
+        if self.cache_latents:
+            self._latents(ShardFolder(self.folder, "train"))
+
+    def setup(self, stage: str) -> None:
+        """Open the shards."""
+        self.shards = ShardFolder(self.folder, "train")
+        self.latents = self._latents(self.shards) if self.cache_latents else None
+
+    def fingerprint(self) -> str:
+        """Digest of the training shards, for the run's records."""
+        return ShardFolder(self.folder, "train").fingerprint()
+
+    def _latents(self, shards: ShardFolder) -> np.ndarray:
+        if self.encode is None:
+            raise ValueError("data.cache_latents=true needs an autoencoder; call use_encoder first")
+        path = latent_cache.cache_path(self.folder, shards.fingerprint(), self.encoder_digest, "float16")
+        return latent_cache.build(path, shards.image, len(shards), self.encode, progress=self.progress)
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Endless loader of this rank's micro-batches, from the first sample the recipe has not consumed."""
+        trainer = self.trainer
+        assert trainer is not None
+        world = trainer.world_size
+        share = self.batch_size // world
+        start = int(getattr(trainer.lightning_module, "samples_seen", 0))
+        if share % self.accumulate:
+            raise ValueError(
+                f"batch_size {self.batch_size} over {world} ranks and accumulate {self.accumulate} does not divide"
+            )
+        batches = PositionBatches(
+            self.batch_size, start, trainer.global_rank, world, micro=share // self.accumulate
+        )
+        return self._loader(self.shards, self.latents, batches)
+
+    def validation_batch(self) -> Batch:
+        """A fixed batch for validation losses: from the split "val" where it exists, else training samples."""
+        split = "val" if any(self.folder.glob("val-*.tar")) else "train"
+        shards = ShardFolder(self.folder, split)
+        items = Positions(shards, Order(len(shards), self.seed), None)
+        wanted = [items[p] for p in range(min(self.validation, len(shards)))]
+        return collate(wanted, seed=self.seed, choice=self.choice)
+
+    def _loader(self, shards: ShardFolder, latents: np.ndarray | None, batches: PositionBatches) -> DataLoader[Any]:
+        return DataLoader(
+            Positions(shards, Order(len(shards), self.seed), latents),
+            batch_sampler=batches,  # type: ignore[arg-type]
+            num_workers=self.num_workers,
+            collate_fn=partial(collate, seed=self.seed, choice=self.choice),
+            persistent_workers=self.num_workers > 0,
+        )
+
+
+class ScenesData(ShardsData):
+    """The embedded world: shards of procedural scenes, written on first use, then read like any other shards.
+
+    Args:
+        folder: where the shards lie or will lie.
+        count: training images.
+        held: images of the validation split.
+        world_seed: seed of the generator (not of the run: two runs with different seeds share the data).
+        others: as in `ShardsData`.
+    """
+
+    def __init__(self, folder: str, *, count: int, held: int = 512, world_seed: int = 0, **others: Any) -> None:
+        super().__init__(folder, **others)
+        self.count, self.held, self.world_seed = count, held, world_seed
+
+    def prepare_data(self) -> None:
+        """Write the shards that are missing, then do what any shards need."""
+        self.write()
+        super().prepare_data()
+
+    def write(self) -> None:
+        """Make the training and validation shards; returns at once where they exist."""
+        workers = os.cpu_count() or 1
+        write_scene_shards(self.folder, self.count, self.world_seed, "train", workers=workers)
+        write_scene_shards(self.folder, self.held, self.world_seed + 1, "val", workers=workers)
