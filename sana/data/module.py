@@ -159,15 +159,37 @@ class ScenesData(ShardsData):
     """The embedded world: shards of procedural scenes, written on first use, then read like any other shards.
 
     Args:
-        folder: where the shards lie or will lie.
         count: training images.
         held: images of the validation split.
         world_seed: seed of the generator (not of the run: two runs with different seeds share the data).
-        others: as in `ShardsData`.
+        folder, batch_size, caption, accumulate, cache_latents, num_workers, validation, seed: as in `ShardsData`.
     """
 
-    def __init__(self, folder: str, *, count: int, held: int = 512, world_seed: int = 0, **others: Any) -> None:
-        super().__init__(folder, **others)
+    def __init__(
+        self,
+        folder: str,
+        batch_size: int,
+        caption: CaptionChoice,
+        *,
+        count: int,
+        held: int = 512,
+        world_seed: int = 0,
+        accumulate: int = 1,
+        cache_latents: bool = False,
+        num_workers: int = 0,
+        validation: int = 64,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(
+            folder,
+            batch_size,
+            caption,
+            accumulate=accumulate,
+            cache_latents=cache_latents,
+            num_workers=num_workers,
+            validation=validation,
+            seed=seed,
+        )
         self.count, self.held, self.world_seed = count, held, world_seed
 
     def prepare_data(self) -> None:

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sana.model.frozen import Frozen
-from sana.optimizer.ema import Ema
+from sana.optimizer.ema import EMA
+from sana.strategy.sharding import shard
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
 Schedule = Callable[[int], float]
@@ -75,7 +76,9 @@ class Recipe(LightningModule):
         self.samples_seen = 0
         self.report: dict[str, Tensor | float] = {}
         self.seconds: dict[str, float] = defaultdict(float)
-        self.ema: dict[str, Ema] = {}
+        self.ema: dict[str, EMA] = {}
+        self._restored_ema: dict[str, Any] | None = None
+        self._sharded = False
         self._pending = dict.fromkeys(self.optimisation, 0)
         self._samples: list[str] = []
 
@@ -93,17 +96,24 @@ class Recipe(LightningModule):
             optimizers.append(optimizer)
         return optimizers
 
-    def setup(self, stage: str) -> None:
-        """Place frozen parts, and start the moving averages from the current weights."""
-        self.frozen.to(self.device)
-        if stage == "fit":
-            self._make_ema()
+    def configure_model(self) -> None:
+        """Shard the trained modules where the strategy is a device mesh (FSDP2); nothing to do elsewhere."""
+        if self.device_mesh is not None and not self._sharded:
+            for module in self.trainables().values():
+                shard(module, self.device_mesh["data_parallel"])
+            self._sharded = True
 
-    def _make_ema(self) -> None:
+    def on_fit_start(self) -> None:
+        """Place frozen parts; start the moving averages from the weights in place, or from the checkpoint's."""
+        self.frozen.to(self.device)
         modules = self.trainables()
         for name, plan in self.optimisation.items():
-            if plan.ema_decay is not None and name not in self.ema:
-                self.ema[name] = Ema(modules[name], plan.ema_decay)
+            if plan.ema_decay is None:
+                continue
+            self.ema[name] = EMA(modules[name], plan.ema_decay)
+            if self._restored_ema is not None:
+                self.ema[name].load_state_dict(self._restored_ema[name])
+        self._restored_ema = None
 
     @contextmanager
     def timed(self, part: str) -> Iterator[None]:
@@ -151,7 +161,7 @@ class Recipe(LightningModule):
         optimizer.zero_grad()
         self.updates[name] += 1
         if name in self.ema:
-            self.ema[name].update(module)
+            self.ema[name].update()
         prefix = "train" if index == 0 else f"train/{name}"
         self.report[f"{prefix}/grad_norm"] = norm
         self.report[f"{prefix}/lr"] = optimizer.param_groups[0]["lr"]
@@ -164,7 +174,7 @@ class Recipe(LightningModule):
         module.eval()
         try:
             if name in self.ema:
-                with self.ema[name].applied(module):
+                with self.ema[name].applied():
                     yield module
             else:
                 yield module
@@ -205,8 +215,7 @@ class Recipe(LightningModule):
                 raise KeyError(f"checkpoint has no {part!r}; it was not written by this recipe")
         self.updates = dict(checkpoint["updates"])
         self.samples_seen = int(checkpoint["samples_seen"])
-        self._make_ema()
-        for name, ema in self.ema.items():
-            if name not in checkpoint["ema"]:
+        for name, plan in self.optimisation.items():
+            if plan.ema_decay is not None and name not in checkpoint["ema"]:
                 raise KeyError(f"checkpoint has no moving average of {name!r}; it has {sorted(checkpoint['ema'])}")
-            ema.load_state_dict(checkpoint["ema"][name])
+        self._restored_ema = checkpoint["ema"]

@@ -1,0 +1,163 @@
+"""Residual blocks and resampling of DC-AE (Chen et al. 2024, arXiv 2410.10733), over maps of (b, c, h, w)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from sana.ops.linear_attention.naive import relu_linear_attention
+
+
+def average_channels(x: Float[Tensor, "b c h w"], channels: int) -> Float[Tensor, "b d h w"]:
+    """Means over groups of c / channels consecutive channels: the shortcut where channels become fewer."""
+    return x.unflatten(1, (channels, -1)).mean(2)
+
+
+def repeat_channels(x: Float[Tensor, "b c h w"], channels: int) -> Float[Tensor, "b d h w"]:
+    """Each channel channels / c times in a row: the shortcut where channels become more."""
+    return x.repeat_interleave(channels // x.shape[1], dim=1)
+
+
+class RMSNorm2d(nn.Module):
+    """Divides each pixel by the root mean square of its channels; gain and bias per channel, statistics in fp32."""
+
+    def __init__(self, width: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width))
+        self.bias = nn.Parameter(torch.zeros(width))
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+        inverse = torch.rsqrt(x.float().square().mean(1, keepdim=True) + self.eps)
+        y = (x * inverse).to(x.dtype)
+        return torch.addcmul(self.bias[:, None, None], y, self.weight[:, None, None])
+
+
+class ResBlock(nn.Module):
+    """x + norm(conv(silu(conv(x)))): the norm stands last, so the residual branch starts at a known scale."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(width, width, 3, padding=1)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.norm = RMSNorm2d(width)
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+        return x + self.norm(self.conv2(F.silu(self.conv1(x))))
+
+
+class Aggregation(nn.Module):
+    """Queries, keys and values averaged over a neighbourhood: depthwise kernel x kernel, then 1x1 per head."""
+
+    def __init__(self, channels: int, groups: int, kernel: int) -> None:
+        super().__init__()
+        self.depthwise = nn.Conv2d(channels, channels, kernel, padding=kernel // 2, groups=channels, bias=False)
+        self.pointwise = nn.Conv2d(channels, channels, 1, groups=groups, bias=False)
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+        return self.pointwise(self.depthwise(x))
+
+
+class MultiScaleLinearAttention(nn.Module):
+    """x + norm(proj(ReLU linear attention over the projections and their aggregations)), EfficientViT's attention.
+
+    The 3 width channels of `qkv`, and those of every aggregation, are cut into runs of 3 head_dim consecutive
+    channels, and each run is (q, k, v) of one head. So no third of the fused weight is "the queries": the first head
+    takes q, k and v from the first 3 head_dim rows. On small maps the published code computes the same function in
+    its quadratic form, which differs by rounding only.
+    """
+
+    def __init__(self, width: int, head_dim: int, kernels: Sequence[int]) -> None:
+        super().__init__()
+        self.head_dim = head_dim
+        self.qkv = nn.Conv2d(width, 3 * width, 1, bias=False)
+        groups = 3 * width // head_dim
+        self.scales = nn.ModuleList(Aggregation(3 * width, groups, kernel) for kernel in kernels)
+        self.proj = nn.Conv2d(width * (1 + len(kernels)), width, 1, bias=False)
+        self.norm = RMSNorm2d(width)
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+        h, w = x.shape[2:]
+        qkv = self.qkv(x)
+        qkv = torch.cat([qkv, *(scale(qkv) for scale in self.scales)], dim=1)
+        tokens = qkv.flatten(2).mT  # (b, n, 3 c (1 + scales))
+        q, k, v = tokens.unflatten(2, (-1, 3, self.head_dim)).unbind(3)
+        y = relu_linear_attention(q, k, v).to(x.dtype)
+        return x + self.norm(self.proj(y.flatten(2).mT.unflatten(2, (h, w))))
+
+
+class GatedConv(nn.Module):
+    """x + norm(1x1(a * silu(g))) with (a, g) = depthwise 3x3(silu(1x1(x))), hidden width 4 x: the block's FFN."""
+
+    def __init__(self, width: int, ratio: int = 4) -> None:
+        super().__init__()
+        hidden = 2 * ratio * width
+        self.expand = nn.Conv2d(width, hidden, 1)
+        self.depthwise = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden)
+        self.project = nn.Conv2d(hidden // 2, width, 1, bias=False)
+        self.norm = RMSNorm2d(width)
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+        value, gate = self.depthwise(F.silu(self.expand(x))).chunk(2, dim=1)
+        return x + self.norm(self.project(value * F.silu(gate)))
+
+
+class EViTBlock(nn.Module):
+    """Multi-scale linear attention, then a gated convolution; each with its own residual."""
+
+    def __init__(self, width: int, head_dim: int, kernels: Sequence[int]) -> None:
+        super().__init__()
+        self.attention = MultiScaleLinearAttention(width, head_dim, kernels)
+        self.ffn = GatedConv(width)
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+        return self.ffn(self.attention(x))
+
+
+class Downsample(nn.Module):
+    """Halves height and width: a convolution plus, where asked, pixel-unshuffle and channel means as its shortcut.
+
+    Args:
+        shuffle: convolve at full size to outputs / 4 channels and unshuffle; else a convolution of stride 2.
+    """
+
+    def __init__(self, inputs: int, outputs: int, shuffle: bool, shortcut: bool = True) -> None:
+        super().__init__()
+        if (shortcut and 4 * inputs % outputs) or (shuffle and outputs % 4):
+            raise ValueError(f"downsampling from {inputs} to {outputs} channels: the shortcut needs outputs to divide 4 x "
+                             "inputs, and shuffling needs outputs to be a multiple of 4")  # fmt: skip
+        self.outputs, self.shuffle, self.shortcut = outputs, shuffle, shortcut
+        self.conv = nn.Conv2d(inputs, outputs // 4 if shuffle else outputs, 3, 1 if shuffle else 2, padding=1)
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d h/2 w/2"]:
+        y = self.conv(x)
+        if self.shuffle:
+            y = F.pixel_unshuffle(y, 2)
+        return y + average_channels(F.pixel_unshuffle(x, 2), self.outputs) if self.shortcut else y
+
+
+class Upsample(nn.Module):
+    """Doubles height and width: a convolution plus, where asked, repeated channels and pixel-shuffle as its shortcut.
+
+    Args:
+        shuffle: convolve at small size to 4 x outputs channels and shuffle; else enlarge by repetition, then convolve.
+    """
+
+    def __init__(self, inputs: int, outputs: int, shuffle: bool, shortcut: bool = True) -> None:
+        super().__init__()
+        if shortcut and 4 * outputs % inputs:
+            raise ValueError(f"upsampling from {inputs} to {outputs} channels: the shortcut needs inputs to divide "
+                             "4 x outputs")  # fmt: skip
+        self.outputs, self.shuffle, self.shortcut = outputs, shuffle, shortcut
+        self.conv = nn.Conv2d(inputs, 4 * outputs if shuffle else outputs, 3, padding=1)
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d 2*h 2*w"]:
+        if self.shuffle:
+            y = F.pixel_shuffle(self.conv(x), 2)
+        else:
+            y = self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return y + F.pixel_shuffle(repeat_channels(x, 4 * self.outputs), 2) if self.shortcut else y

@@ -1,0 +1,250 @@
+"""DC-AE, the deep compression autoencoder of SANA: (b, 3, H, W) in [-1, 1] <-> (b, c, H/r, W/r) of unit order.
+
+Architecture: Chen et al. 2024 (arXiv 2410.10733), as SANA 1.0/1.1 and DC-AE-Lite publish it; the presets are in
+conf/encoder/autoencoder/. The latent is deterministic, and scaling is part of `encode` and `decode`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from sana.encoder.autoencoder.blocks import (
+    Downsample,
+    EViTBlock,
+    ResBlock,
+    RMSNorm2d,
+    Upsample,
+    average_channels,
+    repeat_channels,
+)
+
+CONFIG_KEY = "config"
+
+
+def _check_stages(part: str, widths: Sequence[int], depths: Sequence[int], attention: Sequence[bool]) -> None:
+    if not len(widths) == len(depths) == len(attention) >= 2:
+        raise ValueError(f"{part}: widths, depths and attention must name the same two or more stages, "
+                         f"got {len(widths)}, {len(depths)} and {len(attention)}")  # fmt: skip
+    if any(depth < 1 for depth in depths[1:]) or depths[0] < 0:
+        raise ValueError(f"{part}: depths {list(depths)}: only the first stage (full resolution) may be empty")
+
+
+def _blocks(width: int, depth: int, attention: bool, head_dim: int, kernels: Sequence[int]) -> list[nn.Module]:
+    return [EViTBlock(width, head_dim, kernels) if attention else ResBlock(width) for _ in range(depth)]
+
+
+class Encoder(nn.Module):
+    """Pixels to unscaled latents. Stage s works at 1 / 2^s of the resolution; stage 0 may be empty."""
+
+    def __init__(
+        self,
+        channels: int,
+        widths: Sequence[int],
+        depths: Sequence[int],
+        attention: Sequence[bool],
+        head_dim: int,
+        kernels: Sequence[int],
+        shuffle: bool,
+        latent_shortcut: bool,
+    ) -> None:
+        super().__init__()
+        _check_stages("encoder", widths, depths, attention)
+        last = len(widths) - 1
+        if depths[0] > 0:
+            self.input = nn.Conv2d(3, widths[0], 3, padding=1)
+        else:
+            self.input = Downsample(3, widths[1], shuffle, shortcut=False)
+        self.stages = nn.ModuleList()
+        for s, (width, depth) in enumerate(zip(widths, depths, strict=True)):
+            stage = _blocks(width, depth, attention[s], head_dim, kernels)
+            if s < last and depth > 0:
+                stage.append(Downsample(width, widths[s + 1], shuffle))
+            self.stages.append(nn.Sequential(*stage))
+        self.output = nn.Conv2d(widths[-1], channels, 3, padding=1)
+        self.shortcut_channels = channels if latent_shortcut else None
+
+    def forward(self, x: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b c h w"]:
+        x = self.input(x)
+        for stage in self.stages:
+            x = stage(x)
+        y = self.output(x)
+        return y if self.shortcut_channels is None else y + average_channels(x, self.shortcut_channels)
+
+
+class Decoder(nn.Module):
+    """Unscaled latents to pixels; the stages run from the last (coarsest) to stage 0, which may be empty."""
+
+    def __init__(
+        self,
+        channels: int,
+        widths: Sequence[int],
+        depths: Sequence[int],
+        attention: Sequence[bool],
+        head_dim: int,
+        kernels: Sequence[int],
+        shuffle: bool,
+        latent_shortcut: bool,
+        silu_output: bool,
+    ) -> None:
+        super().__init__()
+        _check_stages("decoder", widths, depths, attention)
+        last = len(widths) - 1
+        self.input = nn.Conv2d(channels, widths[-1], 3, padding=1)
+        self.stages = nn.ModuleList()
+        for s, (width, depth) in enumerate(zip(widths, depths, strict=True)):
+            stage = _blocks(width, depth, attention[s], head_dim, kernels)
+            if s < last and depth > 0:
+                stage.insert(0, Upsample(widths[s + 1], width, shuffle))
+            self.stages.append(nn.Sequential(*stage))
+        width = widths[0] if depths[0] > 0 else widths[1]
+        self.norm = RMSNorm2d(width)
+        self.silu_output = silu_output
+        if depths[0] > 0:
+            self.output = nn.Conv2d(width, 3, 3, padding=1)
+        else:
+            self.output = Upsample(width, 3, shuffle, shortcut=False)
+        self.shortcut_channels = widths[-1] if latent_shortcut else None
+
+    def forward(self, z: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 H W"]:
+        x = self.input(z)
+        if self.shortcut_channels is not None:
+            x = x + repeat_channels(z, self.shortcut_channels)
+        for stage in reversed(self.stages):
+            x = stage(x)
+        x = self.norm(x)
+        return self.output(F.silu(x) if self.silu_output else F.relu(x))
+
+
+class DCAE(nn.Module):
+    """Deep compression autoencoder. The defaults are SANA's f32c32 (versions 1.0 and 1.1): 312,250,275 parameters.
+
+    Args:
+        channels: c, channels of the latent.
+        scale: latents are multiplied by it in `encode` and divided by it in `decode`; 1 / RMS of the raw latents.
+        encoder_widths, decoder_widths: channels per stage, from full resolution to the coarsest; the ratio r is
+            2^(stages - 1).
+        encoder_depths, decoder_depths: blocks per stage; 0 at stage 0 merges it into the first or last resampling
+            (then widths[0] is unused).
+        encoder_attention, decoder_attention: per stage, EViT blocks (True) or residual convolutions (False).
+        head_dim: channels per attention head.
+        kernels: odd sizes of the aggregated copies of q, k, v in the attention.
+        encoder_shuffle: resample by pixel-unshuffle instead of strided convolution.
+        decoder_shuffle: resample by pixel-shuffle instead of nearest-neighbour enlargement.
+        latent_shortcut: channel means into, and repeated channels out of, the latent.
+        silu_output: SiLU instead of ReLU before the last convolution.
+
+    Raises:
+        ValueError: stages that do not match each other, or widths that no shortcut can join.
+    """
+
+    def __init__(
+        self,
+        channels: int = 32,
+        scale: float = 0.41407,
+        encoder_widths: Sequence[int] = (128, 256, 512, 512, 1024, 1024),
+        encoder_depths: Sequence[int] = (2, 2, 2, 3, 3, 3),
+        encoder_attention: Sequence[bool] = (False, False, False, True, True, True),
+        decoder_widths: Sequence[int] = (128, 256, 512, 512, 1024, 1024),
+        decoder_depths: Sequence[int] = (3, 3, 3, 3, 3, 3),
+        decoder_attention: Sequence[bool] = (False, False, False, True, True, True),
+        head_dim: int = 32,
+        kernels: Sequence[int] = (5,),
+        encoder_shuffle: bool = False,
+        decoder_shuffle: bool = False,
+        latent_shortcut: bool = True,
+        silu_output: bool = False,
+    ) -> None:
+        super().__init__()
+        if len(encoder_widths) != len(decoder_widths):
+            raise ValueError(f"encoder and decoder must have the same number of stages, "
+                             f"got {len(encoder_widths)} and {len(decoder_widths)}")  # fmt: skip
+        if latent_shortcut and (encoder_widths[-1] % channels or decoder_widths[-1] % channels):
+            raise ValueError(f"latent_shortcut needs channels={channels} to divide the last widths "
+                             f"{encoder_widths[-1]} and {decoder_widths[-1]}")  # fmt: skip
+        if any(kernel % 2 == 0 for kernel in kernels):
+            raise ValueError(f"kernels must be odd, got {list(kernels)}")
+        self.config: dict[str, Any] = {
+            "channels": channels,
+            "scale": scale,
+            "encoder_widths": list(encoder_widths),
+            "encoder_depths": list(encoder_depths),
+            "encoder_attention": list(encoder_attention),
+            "decoder_widths": list(decoder_widths),
+            "decoder_depths": list(decoder_depths),
+            "decoder_attention": list(decoder_attention),
+            "head_dim": head_dim,
+            "kernels": list(kernels),
+            "encoder_shuffle": encoder_shuffle,
+            "decoder_shuffle": decoder_shuffle,
+            "latent_shortcut": latent_shortcut,
+            "silu_output": silu_output,
+        }
+        self.channels = channels
+        self.ratio = 2 ** (len(encoder_widths) - 1)
+        self.scale = scale
+        self.encoder = Encoder(channels, encoder_widths, encoder_depths, encoder_attention, head_dim, kernels,
+                               encoder_shuffle, latent_shortcut)  # fmt: skip
+        self.decoder = Decoder(channels, decoder_widths, decoder_depths, decoder_attention, head_dim, kernels,
+                               decoder_shuffle, latent_shortcut, silu_output)  # fmt: skip
+
+    def encode(self, image: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b c h w"]:
+        """Pixels in [-1, 1] to latents of unit order (already multiplied by `scale`); h = H / r, w = W / r.
+
+        Raises:
+            ValueError: not three channels, or a side that is no multiple of r.
+        """
+        if image.ndim != 4 or image.shape[1] != 3 or image.shape[2] % self.ratio or image.shape[3] % self.ratio:
+            raise ValueError(f"encode: image must be (b, 3, H, W) with H and W multiples of {self.ratio}, "
+                             f"got {tuple(image.shape)}")  # fmt: skip
+        return self.encoder(image) * self.scale
+
+    def decode(self, latent: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 H W"]:
+        """Latents as `encode` gives them to pixels, nominally in [-1, 1] (not clipped).
+
+        Raises:
+            ValueError: not (b, c, h, w).
+        """
+        if latent.ndim != 4 or latent.shape[1] != self.channels:
+            raise ValueError(f"decode: latent must be (b, {self.channels}, h, w), got {tuple(latent.shape)}")
+        return self.decoder(latent / self.scale)
+
+    def forward(self, image: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b 3 H W"]:
+        """The reconstruction decode(encode(image))."""
+        return self.decode(self.encode(image))
+
+
+def save(model: DCAE, path: str | Path, dtype: torch.dtype | None = None) -> None:
+    """Writes weights and constructor arguments (in the header) as one safetensors file, cast to dtype where given."""
+    state = {name: tensor.detach().to(dtype=dtype).contiguous() for name, tensor in model.state_dict().items()}
+    save_file(state, path, metadata={CONFIG_KEY: json.dumps(model.config)})
+
+
+def load(path: str | Path, dtype: torch.dtype = torch.float32) -> DCAE:
+    """Reads what `save` wrote: a DCAE in evaluation mode on the CPU, channels last, its weights cast to dtype.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the header holds no configuration.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"autoencoder weights: no file {path}")
+    with safe_open(str(path), framework="pt") as file:
+        header = file.metadata() or {}
+        if CONFIG_KEY not in header:
+            raise ValueError(f"{path}: no {CONFIG_KEY!r} in the safetensors header; write autoencoders with "
+                             "sana.encoder.autoencoder.dc_ae.save")  # fmt: skip
+        state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
+    with torch.device("meta"):
+        model = DCAE(**json.loads(header[CONFIG_KEY]))
+    model.load_state_dict({name: tensor.to(dtype) for name, tensor in state.items()}, assign=True)
+    return model.eval().to(memory_format=torch.channels_last)

@@ -1,0 +1,51 @@
+"""Time grids for sampling: steps + 1 decreasing times from noise to exactly 0, float64.
+
+All are 1-D and ready for `sana.sampler`; the network is evaluated at all times but the last.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float64
+from torch import Tensor
+
+from sana.flow.timestep import shift as shift_time
+
+_FIRST = 1e-3  # the smallest time level of the 1000 on which SANA was trained
+
+
+def _check(steps: int, shift: float) -> None:
+    if steps < 1:
+        raise ValueError(f"a sampling grid needs at least one step, got steps={steps}")
+    if not shift > 0:
+        raise ValueError(f"the flow shift must be positive, got {shift}")
+
+
+def dpm_grid(steps: int, shift: float = 1.0) -> Float64[Tensor, " k"]:
+    """Grid of SANA's Flow-DPM-Solver: ``shift(k 0.999 / steps)``, k = steps ... 0; it begins just below 1.
+
+    Args:
+        steps: number of network evaluations.
+        shift: flow shift; the one of training.
+    """
+    _check(steps, shift)
+    return shift_time(torch.linspace(1.0 - _FIRST, 0.0, steps + 1, dtype=torch.float64), shift)
+
+
+def euler_grid(steps: int, shift: float = 1.0) -> Float64[Tensor, " k"]:
+    """Grid of the published Flow-Euler, which shifts twice: evenly from 1 to shift(0.001), shifted again, and
+    0.
+
+    This is what diffusers' FlowMatchEulerDiscreteScheduler gives, and what the published samples were made
+    with. The last step, from about shift(shift(0.001)), is tiny. `uniform_grid` shifts once. Arguments as in
+    `dpm_grid`.
+    """
+    _check(steps, shift)
+    body = torch.linspace(1.0, shift_time(_FIRST, shift), steps, dtype=torch.float64)
+    return torch.cat([shift_time(body, shift), body.new_zeros(1)])
+
+
+def uniform_grid(steps: int, shift: float = 1.0) -> Float64[Tensor, " k"]:
+    """``shift(k / steps)``, k = steps ... 0: from exactly 1 to exactly 0. Arguments as in `dpm_grid`."""
+    _check(steps, shift)
+    return shift_time(torch.linspace(1.0, 0.0, steps + 1, dtype=torch.float64), shift)

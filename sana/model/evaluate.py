@@ -1,0 +1,361 @@
+"""Evaluation: draw images into a folder, score the folder, write results.json, table and report.
+
+Drawing and scoring meet only in the folder, so either can be done elsewhere. The folder has GenEval's layout
+(`<split>/00012/samples/00000.png` and `<split>/00012/metadata.jsonl`, one number per prompt) with a JSON sidecar beside
+each image. Drawing resumes: an image that is there is kept, image n of a prompt always has the same seed, and batches
+are cut the same way every time, so an interrupted evaluation ends with the pixels of one that was not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from sana.run.records import to_json, write_atomically
+from sana.run.report import make_report
+from sana.run.results import peak_rss_gib, read_results, results_table, training_facts, write_results
+from sana.run.sidecar import REQUIRED, read_image, read_sidecar, save_image
+
+ImagesFn = Callable[[list[str], list[int]], NDArray[np.uint8]]
+"""Prompts and seeds (n each) -> uint8 images (n, H, W, 3)."""
+
+MAIN, HELD_OUT = "prompts", "held_out"
+MANIFEST = "drawing.json"
+
+
+class Metric(Protocol):
+    """Scores images; `clusters` says which prompt of the list each image belongs to."""
+
+    def __call__(
+        self, images: Sequence[Any], metadata: Sequence[Mapping[str, Any]], clusters: Sequence[Any], /
+    ) -> dict[str, Any]:
+        """Either GenEval's form (overall, tasks, verdicts) or one figure (mean, interval, n, ...)."""
+        ...
+
+
+@dataclass(frozen=True)
+class Job:
+    """One image to draw: line `entry` of split `split`, image `sample` of it."""
+
+    path: Path
+    split: str
+    entry: int
+    sample: int
+    line: Mapping[str, Any]
+    seed: int
+
+
+def image_seed(seed: int, prompt: str, repeat: int, sample: int) -> int:
+    """Seed of an image in [0, 2^48), from what it is and not from its place in a list.
+
+    Args:
+        seed: of the evaluation.
+        prompt: what is drawn.
+        repeat: how often the prompt occurred earlier in its list.
+        sample: which image of the prompt.
+    """
+    digest = hashlib.sha256(f"{seed}/{repeat}/{sample}/{prompt}".encode()).digest()
+    return int.from_bytes(digest[:6], "big")
+
+
+def draw_folder(
+    folder: str | Path,
+    images_fn: ImagesFn,
+    prompts: Sequence[Mapping[str, Any]],
+    settings: Mapping[str, Any],
+    *,
+    held_out: Sequence[Mapping[str, Any]] = (),
+    samples: int = 1,
+    seed: int = 0,
+    batch_size: int = 64,
+    console: Console | None = None,
+) -> float:
+    """Draw every image of the prompts that the folder does not have yet.
+
+    Args:
+        folder: where; made if missing. An interrupted drawing with the same settings is continued.
+        images_fn: draws a batch.
+        prompts: lines of GenEval's metadata ("tag", "include", "prompt", ...).
+        settings: what the images depend on and each sidecar says: at least sampler, steps, guidance, checkpoint and
+            commit.
+        held_out: lines that are scored apart.
+        samples: images per line.
+        seed: of the evaluation; see `image_seed`.
+        batch_size: images per call of `images_fn`.
+        console: where a progress bar goes; None for none.
+
+    Returns:
+        Seconds spent drawing this folder, over all attempts.
+
+    Raises:
+        ValueError: the folder was drawn with other settings or prompts; a setting is missing; nothing to draw; images
+            of a wrong shape.
+    """
+    folder = Path(folder)
+    missing = [key for key in REQUIRED if key not in ("prompt", "seed") and key not in settings]
+    if missing:
+        raise ValueError(f"evaluate: settings lack {', '.join(missing)}, which the images depend on")
+    jobs = _jobs(folder, {MAIN: prompts, HELD_OUT: held_out}, samples, seed)
+    if not jobs or batch_size < 1:
+        raise ValueError(f"evaluate: {len(jobs)} images in batches of {batch_size}: nothing to draw")
+    manifest = _open_manifest(folder, jobs, {**settings, "seed": seed, "samples": samples, "batch_size": batch_size})
+    columns = (TextColumn("drawing"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=console is None) as progress:
+        task = progress.add_task("drawing", total=len(jobs))
+        for start in range(0, len(jobs), batch_size):
+            batch = jobs[start : start + batch_size]
+            wanted = [i for i, job in enumerate(batch) if read_sidecar(job.path) is None or not job.path.exists()]
+            if wanted:
+                # The whole batch is drawn even where a part of it exists: rounding depends on the batch.
+                clock = time.monotonic()
+                images = np.asarray(images_fn([j.line["prompt"] for j in batch], [j.seed for j in batch]))
+                if images.shape[:1] != (len(batch),):
+                    raise ValueError(f"evaluate: asked for {len(batch)} images, got shape {images.shape}")
+                for i in wanted:
+                    _save(batch[i], images[i], settings)
+                manifest["seconds"] += time.monotonic() - clock
+                write_atomically(folder / MANIFEST, to_json(manifest, indent=2) + "\n")
+            progress.update(task, advance=len(batch))
+    return float(manifest["seconds"])
+
+
+def _jobs(
+    folder: Path, splits: Mapping[str, Sequence[Mapping[str, Any]]], samples: int, seed: int
+) -> list[Job]:
+    jobs = []
+    for split, lines in splits.items():
+        seen: Counter[str] = Counter()
+        for entry, line in enumerate(lines):
+            prompt = line["prompt"]
+            for sample in range(samples):
+                path = folder / split / f"{entry:05d}" / "samples" / f"{sample:05d}.png"
+                jobs.append(Job(path, split, entry, sample, line, image_seed(seed, prompt, seen[prompt], sample)))
+            seen[prompt] += 1
+    return jobs
+
+
+def _open_manifest(folder: Path, jobs: Sequence[Job], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Begin or continue the folder's record, or refuse to mix two evaluations in one folder."""
+    names = "\n".join(f"{j.split} {j.entry} {j.seed} {json.dumps(dict(j.line), sort_keys=True)}" for j in jobs)
+    wanted = {
+        "images": len(jobs),
+        "prompts": hashlib.sha256(names.encode()).hexdigest()[:16],
+        "settings": json.loads(to_json(settings)),
+    }
+    known = read_results(folder / MANIFEST)
+    if known is None:
+        if any(folder.glob("**/*.png")):
+            raise ValueError(f"evaluate: {folder} holds images of unknown origin; give an empty folder to draw into")
+        folder.mkdir(parents=True, exist_ok=True)
+        known = {**wanted, "seconds": 0.0}
+        write_atomically(folder / MANIFEST, to_json(known, indent=2) + "\n")
+    before, now = ({k: v for k, v in {**d, **d["settings"]}.items() if k != "settings"} for d in (known, wanted))
+    differing = [k for k in now if k not in ("commit", "seconds") and before.get(k) != now[k]]
+    if differing:
+        k = differing[0]
+        raise ValueError(
+            f"evaluate: {folder} was drawn with {k} = {before.get(k)!r}, now it is {now[k]!r}; "
+            "give another folder, or delete this one"
+        )
+    return known
+
+
+def _save(job: Job, image: NDArray[np.uint8], settings: Mapping[str, Any]) -> None:
+    home = job.path.parent.parent
+    home.mkdir(parents=True, exist_ok=True)
+    (home / "metadata.jsonl").write_text(json.dumps(dict(job.line)) + "\n", encoding="utf-8")
+    place = {"split": job.split, "entry": job.entry, "sample": job.sample, "metadata": dict(job.line)}
+    save_image(job.path, image, {"prompt": job.line["prompt"], "seed": job.seed, **settings, **place})
+
+
+class Images(Sequence[NDArray[np.uint8]]):
+    """Images of a folder, read when asked for and checked against their sidecars; a slice is a list."""
+
+    def __init__(self, paths: Sequence[Path], records: Sequence[Mapping[str, Any]]) -> None:
+        self.paths, self.records = paths, records
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, i: Any) -> Any:
+        """Image i as uint8 (H, W, 3), or the list of those of a slice."""
+        if isinstance(i, slice):
+            return [self[k] for k in range(*i.indices(len(self)))]
+        return read_image(self.paths[i], self.records[i])
+
+
+def find_images(folder: str | Path) -> list[tuple[Path, dict[str, Any]]]:
+    """PNGs of a folder with what is known of each, ordered by path.
+
+    What is known is the sidecar, or else GenEval's ``metadata.jsonl`` in the image's folder or the one above; the
+    record always has "metadata", "split" and "entry". Pictures named ``grid.png`` are left out, as GenEval has them.
+
+    Raises:
+        ValueError: no images, an image about which nothing is known, or a drawing that is not finished.
+    """
+    folder = Path(folder)
+    found = []
+    for path in sorted(p for p in folder.rglob("*.png") if p.name != "grid.png" and not p.name.startswith(".")):
+        record = read_sidecar(path) or {}
+        if "metadata" not in record:
+            above = [p / "metadata.jsonl" for p in (path.parent, path.parent.parent)]
+            line = next((m for m in map(read_results, above) if m is not None), None)
+            if line is None:
+                raise ValueError(f"evaluate: {path} has neither a sidecar with metadata nor a metadata.jsonl")
+            record["metadata"] = line
+        home = path.parent.parent if path.parent.name == "samples" else path.parent
+        record.setdefault("split", MAIN)
+        record.setdefault("entry", str(home.relative_to(folder)) if home != folder else path.stem)
+        found.append((path, record))
+    if not found:
+        raise ValueError(f"evaluate: no PNG images in {folder}")
+    manifest = read_results(folder / MANIFEST)
+    if manifest is not None and manifest["images"] != len(found):
+        raise ValueError(
+            f"evaluate: {folder} holds {len(found)} of {manifest['images']} images; run the drawing again to finish it"
+        )
+    return found
+
+
+def score_folder(folder: str | Path, metrics: Mapping[str, Metric]) -> dict[str, Any]:
+    """Score a folder of images, drawn here or elsewhere.
+
+    Args:
+        folder: see `find_images`; ``verdicts.jsonl`` is written into it, in GenEval's own form.
+        metrics: name -> metric. One with "tasks" in its answer gives the keys overall, tasks and (over the held-out
+            images) held_out; any other gives a key of its name. Only the first kind looks at held-out images.
+
+    Returns:
+        ``{"overall", "tasks", "held_out", <name>..., "figures", "settings", "files"}``: see `sana.run.results`.
+        Settings are those that all sidecars share; one that differs between images lists its values.
+
+    Raises:
+        ValueError: see `find_images`.
+    """
+    folder = Path(folder)
+    found = find_images(folder)
+    results: dict[str, Any] = {"figures": {}, "files": {"images": str(folder.resolve())}}
+    verdicts: list[dict[str, Any]] = []
+    splits = {s: [(p, r) for p, r in found if (r["split"] == HELD_OUT) == (s == HELD_OUT)] for s in (MAIN, HELD_OUT)}
+    for split, pairs in splits.items():
+        if not pairs:
+            continue
+        paths, records = [p for p, _ in pairs], [r for _, r in pairs]
+        lines = [r["metadata"] for r in records]
+        clusters = [r["entry"] for r in records]
+        for name, metric in metrics.items():
+            if split == HELD_OUT and not getattr(metric, "scores_prompts", False):
+                continue
+            answer = metric(Images(paths, records), lines, clusters)
+            for verdict in answer.pop("verdicts", ()):
+                path, record = pairs[verdict["index"]]
+                verdicts.append(_verdict_line(path.relative_to(folder), record, verdict))
+            _take(results, name, split, answer)
+    if verdicts:
+        path = folder / "verdicts.jsonl"
+        write_atomically(path, "".join(to_json(v) + "\n" for v in verdicts))
+        results["files"]["verdicts"] = str(path.resolve())
+    results["settings"] = _shared_settings([r for _, r in found]) | {"n": len(splits[MAIN])}
+    return results
+
+
+def _take(results: dict[str, Any], name: str, split: str, answer: dict[str, Any]) -> None:
+    if split == HELD_OUT:
+        results["held_out"] = answer["overall"]["mean"]
+        results["figures"]["held_out"] = answer
+    elif "tasks" in answer:
+        results["overall"] = answer["overall"]["mean"]
+        results["tasks"] = {task: figure["mean"] for task, figure in answer["tasks"].items()}
+        results["figures"] |= answer
+    else:
+        results[name] = answer["mean"]
+        results["figures"][name] = answer
+
+
+def _verdict_line(path: Path, record: Mapping[str, Any], verdict: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "filename": str(path),
+        "tag": verdict["task"],
+        "prompt": verdict["prompt"],
+        "correct": verdict["correct"],
+        "reason": verdict["reason"],
+        "metadata": record["metadata"],
+        "split": record["split"],
+        "seed": record.get("seed"),
+    }
+
+
+def _shared_settings(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    own = {"prompt", "seed", "pixels", "split", "entry", "sample", "metadata"}
+    settings: dict[str, Any] = {}
+    for key in sorted({k for r in records for k in r} - own):
+        values = {to_json(r.get(key)): r.get(key) for r in records}
+        settings[key] = next(iter(values.values())) if len(values) == 1 else [values[k] for k in sorted(values)]
+    return settings
+
+
+def evaluate(
+    folder: str | Path,
+    metrics: Mapping[str, Metric],
+    *,
+    run_dir: str | Path | None = None,
+    output: str | Path | None = None,
+    commit: str | None = None,
+    drawing: Mapping[str, Any] | None = None,
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """Draw (unless done elsewhere), score, and write results.json and the report.
+
+    Args:
+        folder: of the images.
+        metrics: see `score_folder`.
+        run_dir: of the run whose checkpoint drew the images; its records give steps, seconds and memory of training,
+            and the report is made in it. None: the report is made in `folder`.
+        output: the results file. None: ``results.json`` beside the report.
+        commit: of the code that evaluates.
+        drawing: arguments of `draw_folder` without `folder` and `console`. None: the folder is complete.
+        console: for progress and the table; None for silence.
+
+    Returns:
+        What results.json holds.
+
+    Raises:
+        ValueError: see `draw_folder` and `score_folder`.
+    """
+    folder = Path(folder)
+    home = folder if run_dir is None else Path(run_dir)
+    output = home / "results.json" if output is None else Path(output)
+    parts: dict[str, float | None] = {}
+    if drawing is not None:
+        draw_folder(folder, console=console, **drawing)
+    clock = time.monotonic()
+    results = score_folder(folder, metrics)
+    parts["scoring"] = time.monotonic() - clock
+    manifest = read_results(folder / MANIFEST) or {}
+    training = {} if run_dir is None else training_facts(run_dir)
+    parts |= {"training": training.get("seconds"), "drawing": manifest.get("seconds")}
+    results["settings"] = manifest.get("settings", {}) | results["settings"]
+    results |= {
+        "steps": training.get("steps"),
+        "seconds": sum(s for s in parts.values() if s is not None),
+        "seconds_by_part": parts,
+        "peak_rss_gib": max(training.get("peak_rss_gib") or 0.0, peak_rss_gib()),
+        "commit": commit,
+    }
+    results["files"] |= {"results": str(output.resolve()), "report": str((home / "report.html").resolve())}
+    write_results(output, results)
+    make_report(home, results)
+    if console is not None:
+        console.print(results_table(results))
+    return results

@@ -1,0 +1,83 @@
+"""Softmax attention from the tokens to the caption."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from sana.nn.linear import Linear
+from sana.nn.norm import RMSNorm
+from sana.types import Grid
+
+
+class CrossAttention(nn.Module):
+    """Each token attends to the caption tokens that the mask allows (SANA: no norm before it, no gate after it).
+
+    Args:
+        width: d, a multiple of heads.
+        heads: number of heads; scores are scaled by 1 / sqrt(width / heads).
+        qk_norm: RMSNorm of q and of k over the full width, before heads are split (SANA-1.5).
+        norm_eps: eps of the q/k norms (published 1e-6, diffusers 1e-5).
+        linear: factory of the linear layers.
+
+    Raises:
+        ValueError: when width is no multiple of heads.
+    """
+
+    def __init__(
+        self, width: int, heads: int, qk_norm: bool = False, norm_eps: float = 1e-6, linear: Linear = nn.Linear
+    ):
+        super().__init__()
+        if width % heads:
+            raise ValueError(f"CrossAttention: width {width} is not a multiple of heads {heads}")
+        self.width, self.heads = width, heads
+        self.q = linear(width, width)
+        self.kv = linear(width, 2 * width)
+        self.q_norm = RMSNorm(width, norm_eps) if qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(width, norm_eps) if qk_norm else nn.Identity()
+        self.proj = linear(width, width)
+
+    def prepare(self, text: Float[Tensor, "b l d"]) -> Float[Tensor, "b l 2*d"]:
+        """Keys (normalised) and values of the caption, fused: they do not depend on x or t, so once per prompt."""
+        kv = self.kv(text)
+        if isinstance(self.k_norm, nn.Identity):
+            return kv
+        k, v = kv.chunk(2, dim=-1)
+        return torch.cat([self.k_norm(k), v], dim=-1)
+
+    def forward(
+        self, x: Float[Tensor, "b n d"], kv: Float[Tensor, "b l 2*d"], mask: Bool[Tensor, "b l"] | None
+    ) -> Float[Tensor, "b n d"]:
+        """kv from `prepare`; mask True where a caption token may be attended to, None for all."""
+        q, k, v = (
+            part.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for part in (self.q_norm(self.q(x)), *kv.chunk(2, dim=-1))
+        )
+        return self.proj(softmax_attention(q, k, v, mask).transpose(1, 2).flatten(2))
+
+    def flops(self, grid: Grid, text_tokens: int) -> int:
+        """Floating-point operations of one sample's forward, the caption's keys and values included."""
+        n, d = grid.tokens, self.width
+        return 4 * n * d * d + 4 * n * d * text_tokens + 4 * text_tokens * d * d
+
+
+def softmax_attention(
+    q: Float[Tensor, "b heads n dh"],
+    k: Float[Tensor, "b heads l dh"],
+    v: Float[Tensor, "b heads l dh"],
+    mask: Bool[Tensor, "b l"] | None,
+) -> Float[Tensor, "b heads n dh"]:
+    """softmax(q k' / sqrt(dh)) v over the keys the mask allows; where it allows none, over all of them.
+
+    Fused kernels have no forward derivative, so inside `torch.func.jvp` the plain one is taken.
+    """
+    # A finite penalty, not -inf: exactly zero weight beside any allowed key, and no NaN for a fully masked caption.
+    bias = None if mask is None else torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, -1e4)[:, None, None]
+    if forward_ad._current_level >= 0:
+        with sdpa_kernel(SDPBackend.MATH):
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)

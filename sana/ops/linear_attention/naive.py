@@ -1,0 +1,60 @@
+"""ReLU linear attention in plain torch (SANA, arXiv 2410.10629, section 2.2).
+
+With phi = ReLU, every query is answered by a ratio of two sums over the tokens it may see:
+
+    out_n = sum_m v_m (phi(k_m) . phi(q_n)) / (sum_m phi(k_m) . phi(q_n) + eps)
+
+All sums are taken in fp32 (float64 for float64 inputs), whatever the input type and whether or not autocast is on:
+under bf16 the state would otherwise lose the small contributions of single tokens.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+def relu_linear_attention(
+    q: Float[Tensor, "b n heads dh"],
+    k: Float[Tensor, "b n heads dh"],
+    v: Float[Tensor, "b n heads dh"],
+    eps: float = 1e-15,
+) -> Float[Tensor, "b n heads dh"]:
+    """Every token attends to every token; the result has the type of v.
+
+    The sums are associated in the cheaper order: (q k') v for fewer tokens than channels per head, q (k' v) otherwise.
+    """
+    with torch.autocast(q.device.type, enabled=False):
+        query, key, value = _by_head(q.relu()), _by_head(k.relu()), _by_head(v)
+        if q.shape[1] < q.shape[3]:
+            weight = query @ key.mT
+            numerator, denominator = weight @ value, weight.sum(-1, keepdim=True)
+        else:
+            numerator, denominator = query @ (key.mT @ value), query @ key.sum(-2).unsqueeze(-1)
+        return (numerator / (denominator + eps)).transpose(1, 2).to(v.dtype)
+
+
+def causal_relu_linear_attention(
+    q: Float[Tensor, "b f n heads dh"],
+    k: Float[Tensor, "b f n heads dh"],
+    v: Float[Tensor, "b f n heads dh"],
+    state: Float[Tensor, "b heads dh dh_1"],
+    eps: float = 1e-15,
+) -> tuple[Float[Tensor, "b f n heads dh"], Float[Tensor, "b heads dh dh_1"]]:
+    """Every token attends to the tokens of its own and of all earlier frames, those summed in `state` included.
+
+    state is sum_m phi(k_m) [v_m, 1] over the tokens of earlier frames, (b, heads, dh, dh + 1) in fp32 (float64): zeros
+    before the first frame. Returns the output, of the type of v, and the state after the last frame.
+    """
+    with torch.autocast(q.device.type, enabled=False):
+        query, key, value = _by_head(q.relu()), _by_head(k.relu()), _by_head(v)
+        own = torch.cat([key.mT @ value, key.sum(-2).unsqueeze(-1)], dim=-1)
+        seen = own.cumsum(1) + state.unsqueeze(1)  # out of place: autograd keeps every frame's state
+        numerator, denominator = (query @ seen).split([v.shape[-1], 1], dim=-1)
+        return (numerator / (denominator + eps)).transpose(2, 3).to(v.dtype), seen[:, -1]
+
+
+def _by_head(x: Tensor) -> Tensor:
+    """(..., n, heads, dh) -> (..., heads, n, dh) in at least fp32."""
+    return x.transpose(-3, -2).to(torch.promote_types(x.dtype, torch.float32))

@@ -1,0 +1,235 @@
+"""The directory that a run leaves behind, self-describing from its first second and without any server.
+
+    config.yaml        every setting, interpolations resolved except those that read environment variables
+    overrides.yaml     what the command line said
+    environment.json   git commit, versions, hardware, data fingerprint; diff.patch holds uncommitted changes
+    metrics.jsonl      one JSON object per line, appended and flushed line by line
+    status.json        running, finished, failed (with the reason), interrupted or preempted
+
+Only the first rank writes. All files but metrics.jsonl are replaced atomically, so a reader never sees half of one.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import socket
+import time
+import traceback
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+from sana.run.environment import describe_environment
+from sana.run.error import ConfigError
+
+Status = Literal["running", "finished", "failed", "interrupted", "preempted"]
+
+RANK_VARIABLES = ("RANK", "LOCAL_RANK", "SLURM_PROCID")  # the order in which Lightning reads them
+
+
+def is_first_rank() -> bool:
+    """Whether this process is rank zero of its job, from the launcher's environment (True without a launcher)."""
+    return next((int(os.environ[name]) == 0 for name in RANK_VARIABLES if name in os.environ), True)
+
+
+def create_directory(folder: str | Path, name: str, directory: str | Path | None = None) -> Path:
+    """Make the directory of a new run, which no other run has or will get.
+
+    Args:
+        folder: where runs are kept.
+        name: of the recipe or experiment; runs of one name lie side by side.
+        directory: an explicit place instead of ``folder/name/<date>_<time>_<n>``; it may exist if it is empty.
+
+    Raises:
+        ConfigError: the explicit directory is in use, or it cannot be made.
+    """
+    if directory is not None:
+        return _claim(Path(directory))
+    parent = Path(folder) / name
+    stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    n = 0
+    while True:
+        path = parent / f"{stamp}_{n}"
+        try:
+            parent.mkdir(parents=True, exist_ok=True)
+            path.mkdir()  # fails where it exists: two runs of the same second get different n
+            return path
+        except FileExistsError:
+            if not parent.is_dir():
+                raise ConfigError(f"run.folder: {parent} is a file, runs need a directory") from None
+            n += 1
+        except OSError as error:
+            raise ConfigError(f"run.folder: cannot make {path}: {error.strerror}") from None
+
+
+def _claim(path: Path) -> Path:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"run.dir: cannot make {path}: {error.strerror}") from None
+    if any(path.iterdir()):
+        raise ConfigError(
+            f"run.dir: {path} is in use (not empty); choose another, or leave run.dir out to get a fresh one"
+        )
+    try:
+        # Of two runs that found it empty, the one that creates status.json owns it.
+        os.close(os.open(path / "status.json", os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+    except FileExistsError:
+        raise ConfigError(f"run.dir: {path} was taken by another run a moment ago") from None
+    return path
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a file by another in one step: readers see the old or the new text, never a part."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def to_json(value: Any, indent: int | None = None) -> str:
+    """Strict JSON; numbers that JSON lacks become the strings "nan", "inf", "-inf", and tensors their values."""
+    return json.dumps(_plain(value), indent=indent, allow_nan=False, ensure_ascii=False)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(value)
+    if hasattr(value, "tolist"):  # tensors and numpy values
+        return _plain(value.tolist())
+    return str(value)
+
+
+class MetricsLog:
+    """Appends rows to a metrics.jsonl; each row is on disk before `write` returns, whatever happens later.
+
+    Args:
+        path: the file; it is continued where it exists, after closing a line that a killed writer left open.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 - lives as long as the log
+        if self.path.stat().st_size and not self.path.read_bytes().endswith(b"\n"):
+            self._file.write(b"\n")
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """Add one row ``{"step": ..., "time": seconds since 1970, **values}``; step counts optimizer updates."""
+        row = {"step": step, "time": round(time.time(), 3), **values}
+        self._file.write((to_json(row) + "\n").encode())
+
+    def close(self) -> None:
+        """Close the file; `write` is an error afterwards."""
+        self._file.close()
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """Rows of a metrics.jsonl in the order written; a line torn by a killed writer is left out."""
+    rows = []
+    with open(path, encoding="utf-8", errors="replace") as file:
+        for line in file:
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            if isinstance(row, dict):
+                rows.append({k: float(v) if v in ("nan", "inf", "-inf") else v for k, v in row.items()})
+    return rows
+
+
+class RunRecord:
+    """Writes what a run leaves behind, and its end, however it ends.
+
+    Use as a context manager around the run: it ends as finished, as failed with the exception as reason, or as
+    interrupted after ctrl-C (also where Lightning has turned that into an exit).
+
+    Args:
+        path: the run's directory, from `create_directory`.
+        writes: False on all ranks but the first; then nothing is written.
+    """
+
+    def __init__(self, path: str | Path, writes: bool | None = None) -> None:
+        self.path = Path(path)
+        self.writes = is_first_rank() if writes is None else writes
+        self._status: dict[str, Any] = {}
+        self._clock = time.monotonic()
+
+    def start(self, config: str, overrides: Sequence[str]) -> RunRecord:
+        """Write all records of the beginning.
+
+        Args:
+            config: text of config.yaml.
+            overrides: what the command line said.
+        """
+        if self.writes:
+            self._clock = time.monotonic()
+            self._status = {
+                "status": "running",
+                "reason": None,
+                "started": datetime.now(UTC).isoformat(timespec="seconds"),
+                "seconds": 0.0,
+                "host": socket.gethostname(),
+                "pid": os.getpid(),
+            }
+            self._write_status()
+            write_atomically(self.path / "config.yaml", config)
+            # JSON strings are YAML strings, quoted where they must be.
+            lines = "".join(f"- {json.dumps(o, ensure_ascii=False)}\n" for o in overrides)
+            write_atomically(self.path / "overrides.yaml", lines or "[]\n")
+            environment, diff = describe_environment()
+            write_atomically(self.path / "environment.json", to_json(environment, indent=2) + "\n")
+            if diff:
+                write_atomically(self.path / "diff.patch", diff)
+            (self.path / "metrics.jsonl").touch()
+        return self
+
+    def describe(self, **facts: Any) -> None:
+        """Add facts to environment.json once they are known, such as ``data={"fingerprint": ...}``."""
+        if self.writes:
+            path = self.path / "environment.json"
+            known = json.loads(path.read_text(encoding="utf-8"))
+            write_atomically(path, to_json({**known, **facts}, indent=2) + "\n")
+
+    def update(self, **facts: Any) -> None:
+        """Add facts to status.json, such as ``step=120``."""
+        if self.writes:
+            self._status.update(facts)
+            self._write_status()
+
+    def end(self, status: Status, reason: str | None = None, details: str | None = None) -> None:
+        """Write how the run ended, with a one-line reason and a traceback if there is one."""
+        self.update(status=status, reason=reason, details=details)
+
+    def _write_status(self) -> None:
+        self._status["seconds"] = round(time.monotonic() - self._clock, 1)
+        write_atomically(self.path / "status.json", to_json(self._status, indent=2) + "\n")
+
+    def __enter__(self) -> RunRecord:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            if self._status.get("status") == "running":
+                self.end("finished")
+            return
+        # Lightning answers ctrl-C by sys.exit inside its handler, so the interrupt is the context of the exit.
+        if isinstance(error, KeyboardInterrupt) or isinstance(error.__context__, KeyboardInterrupt):
+            self.end("interrupted", "ctrl-C")
+        else:
+            lines = str(error).strip().splitlines() or [""]
+            reason = f"{type(error).__name__}: {lines[0]}" if lines[0] else type(error).__name__
+            self.end("failed", reason, "".join(traceback.format_exception(kind, error, trace)))

@@ -1,0 +1,202 @@
+"""The check of a composed configuration before anything is imported or built.
+
+The constructor's signature is the schema: every key of a node must be an argument of what its `_target_` names, every
+argument without default must be there, and numbers, strings, booleans and lists must be of the annotated type. What a
+configuration may build at all is what `sana.run.signature` finds.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from sana.run.annotation import describe, fits
+from sana.run.compose import Composed, Key, show
+from sana.run.error import ConfigError
+from sana.run.groups import list_options
+from sana.run.settings import ELSEWHERE
+from sana.run.signature import Parameter, Signature, UnknownTargetError, all_targets, find_signature
+
+SETTINGS = "sana.run.settings"
+SECTIONS = {"train": "Train", "sample": "Sample", "eval": "Eval"}
+OF_HYDRA = {"_target_", "_partial_", "_convert_", "_recursive_"}
+SECTION_TYPES = {"Node", "Nodes", "Run", "Encoder"}
+REFERENCE = re.compile(r"\$\{[\w.\[\]]+\}")
+
+
+def check(composed: Composed, *, complete: bool = True) -> None:
+    """Refuse a configuration that cannot be built as it is written.
+
+    Args:
+        composed: what `sana.run.compose.compose` gave.
+        complete: also refuse keys that still have to be given (``???``).
+
+    Raises:
+        ConfigError: one line per problem: key, what is wrong, the nearest thing that exists, and the file.
+    """
+    problems = list(_Checker(composed, complete).problems())
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+class _Checker:
+    def __init__(self, composed: Composed, complete: bool) -> None:
+        self.composed, self.complete = composed, complete
+        self.keys = [show(key) for key in _leaves(composed.raw)]
+
+    def problems(self) -> Iterator[str]:
+        section = find_signature(f"{SETTINGS}.{SECTIONS[self.composed.entry]}")
+        yield from self.section((), self.composed.raw, self.composed.resolved, section)
+
+    def section(self, key: Key, raw: Any, value: Any, signature: Signature) -> Iterator[str]:
+        """A mapping whose keys are stated in `sana.run.settings`."""
+        for name in raw:
+            at = (*key, name)
+            if name not in signature.parameters:
+                yield from self.unknown(at, raw[name], signature)
+            else:
+                yield from self.setting(at, raw[name], value[name], signature.parameters[name])
+        yield from self.missing(key, raw, signature)
+
+    def setting(self, key: Key, raw: Any, value: Any, parameter: Parameter) -> Iterator[str]:
+        names = _names(parameter.annotation)
+        inner = names & {"Run", "Encoder"}
+        if inner and isinstance(value, Mapping):
+            yield from self.section(key, raw, value, find_signature(f"{SETTINGS}.{inner.pop()}"))
+        elif "Nodes" in names and isinstance(value, Mapping):
+            for name, node in value.items():
+                if node is not None:
+                    yield from self.node((*key, name), raw[name], node)
+        elif "Node" in names and isinstance(value, Mapping):
+            yield from self.node(key, raw, value)
+        elif names & SECTION_TYPES and not (
+            (value is None and "None" in names) or (value == "auto" and "str" in names)
+        ):
+            group = "/".join(map(str, key))
+            hint = f"; write {group}={value}" if value in list_options(group) else ""
+            yield self.line(key, f"{value!r} is a value, but this is a section of keys{hint}")
+        else:
+            yield from self.value(key, raw, value, parameter)
+
+    def node(self, key: Key, raw: Any, value: Any) -> Iterator[str]:
+        """A mapping with `_target_`."""
+        if isinstance(raw, str) and REFERENCE.fullmatch(raw):
+            return  # checked where it is written
+        if not isinstance(value, Mapping) or not isinstance(value.get("_target_"), str):
+            yield self.line(key, "_target_ is missing: the dotted name of what to build")
+            return
+        target = value["_target_"]
+        try:
+            signature = find_signature(target)
+        except UnknownTargetError as error:
+            near = difflib.get_close_matches(target, list(all_targets()), 1, 0.6)
+            yield self.line((*key, "_target_"), f"{error}{f'; did you mean {near[0]}?' if near else ''}")
+            return
+        for name in raw:
+            at = (*key, name)
+            home = ELSEWHERE.get(show(at))
+            if name in OF_HYDRA:
+                continue
+            if home is not None:
+                yield self.line(at, f"is not set here but by {home}")
+            elif name in signature.parameters:
+                yield from self.value(at, raw[name], value[name], signature.parameters[name])
+            elif signature.open and name != "_args_":
+                yield from self.inside(at, raw[name], value[name])
+            else:
+                yield from self.unknown(at, raw[name], signature)
+        if value.get("_partial_") is not True:
+            yield from self.missing(key, raw, signature)
+
+    def value(self, key: Key, raw: Any, value: Any, parameter: Parameter) -> Iterator[str]:
+        """An argument."""
+        if raw == "???":
+            if self.complete:
+                yield self.line(key, "has to be given")
+        elif isinstance(value, str) and value.startswith("${oc.env:"):
+            return  # known only when the run starts
+        elif parameter.annotation is not None and not fits(parameter.annotation, value):
+            shown = f"{value!r}"[:80]
+            hint = f"; quote it: '{show(key)}=\"{value}\"'" if _wants_text(parameter, value) else ""
+            yield self.line(
+                key, f"{shown} is {_kind(value)}, expected {describe(parameter.annotation)}{hint}"
+            )
+        else:
+            yield from self.inside(key, raw, value)
+
+    def inside(self, key: Key, raw: Any, value: Any) -> Iterator[str]:
+        """Nodes at any depth of lists and mappings."""
+        if isinstance(raw, str):
+            return  # text, or a reference that is checked where it points
+        if isinstance(value, Mapping):
+            if "_target_" in value:
+                yield from self.node(key, raw, value)
+            else:
+                for name in value:
+                    yield from self.inside((*key, name), raw[name], value[name])
+        elif isinstance(value, list):
+            for i, item in enumerate(value):
+                yield from self.inside((*key, i), raw[i], item)
+
+    def missing(self, key: Key, raw: Any, signature: Signature) -> Iterator[str]:
+        for name, parameter in signature.parameters.items():
+            if parameter.required and name not in raw:
+                yield self.line((*key, name), "is missing and has no default")
+
+    def unknown(self, key: Key, raw: Any, signature: Signature) -> Iterator[str]:
+        for leaf in _leaves(raw) or [()]:
+            path = show((*key, *leaf))
+            near = self.nearest(key, leaf, signature)
+            known = f"known here: {', '.join(signature.parameters) or 'no key at all'}"
+            yield self.line((*key, *leaf), f"unknown key; {f'did you mean {near}?' if near else known}", path)
+
+    def nearest(self, key: Key, leaf: Key, signature: Signature) -> str | None:
+        """The existing key that a wrong one most likely means: a sibling, else any key that is spelt alike."""
+        siblings = difflib.get_close_matches(str(key[-1]), list(signature.parameters), 1, 0.6)
+        if siblings and not leaf:
+            return show((*key[:-1], siblings[0]))
+        wrong, names = show((*key, *leaf)), [k for k in self.keys if not k.startswith(show(key))]
+        if siblings:
+            wrong = show((*key[:-1], siblings[0], *leaf))
+        same_end = [k for k in names if k.split(".")[-1] == wrong.split(".")[-1]]
+        found = difflib.get_close_matches(wrong, same_end, 1, 0.3) or difflib.get_close_matches(
+            wrong, names, 1, 0.7
+        )
+        return found[0] if found else show((*key[:-1], siblings[0])) if siblings else None
+
+    def line(self, key: Key, what: str, path: str | None = None) -> str:
+        return f"{path or show(key)}: {what} ({self.composed.origin(key)})"
+
+
+def _leaves(value: Any) -> list[Key]:
+    if isinstance(value, Mapping) and value:
+        return [(name, *rest) for name, inner in value.items() for rest in _leaves(inner)]
+    return [()]
+
+
+def _names(annotation: ast.expr | None) -> set[str]:
+    if annotation is None:
+        return set()
+    names = {node.id for node in ast.walk(annotation) if isinstance(node, ast.Name)}
+    return names | {
+        "None" for node in ast.walk(annotation) if isinstance(node, ast.Constant) and node.value is None
+    }
+
+
+def _wants_text(parameter: Parameter, value: Any) -> bool:
+    return isinstance(value, int | float) and "str" in _names(parameter.annotation)
+
+
+def _kind(value: Any) -> str:
+    kinds = {
+        bool: "a boolean",
+        int: "an integer",
+        float: "a number",
+        str: "text",
+        list: "a list",
+        dict: "a mapping",
+    }
+    return "null" if value is None else kinds.get(type(value), type(value).__name__)
