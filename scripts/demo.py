@@ -31,7 +31,9 @@ def call(what: str, *command: str) -> float:
 
 def main() -> None:
     """Train, evaluate, sample; then say where everything lies."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("overrides", nargs="*", help="passed to train.py, such as trainer.max_steps=100")
     overrides = parser.parse_args().overrides
     run = Path("runs") / "demo" / datetime.now().strftime("%Y%m%d_%H%M%S")
@@ -43,7 +45,12 @@ def main() -> None:
     overall = json.loads(results.read_text())["overall"]
     print(f"\noverall score {overall['mean']:.3f}; {time.perf_counter() - start:.0f} s in all:", end=" ")
     print(", ".join(f"{name} {spent:.0f} s" for name, spent in seconds.items()))
-    for name, path in (("report", "report.html"), ("checkpoint", "checkpoints"), ("drawn", "drawn"), ("records", "")):
+    for name, path in (
+        ("report", "report.html"),
+        ("checkpoint", "checkpoints"),
+        ("drawn", "drawn"),
+        ("records", ""),
+    ):
         print(f"{name:<11}{run / path}")
     print(results.relative_to(ROOT))
 

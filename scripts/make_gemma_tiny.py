@@ -40,6 +40,7 @@ COUNTS = {"a": 1, "an": 1, "one": 1, "something": 1, "two": 2, "three": 3, "four
 LINKS = {"and": 1, "with": 1, "left": 2, "right": 3, "above": 4, "below": 5}
 ADJECTIVES = {"large": 1, "small": 2}
 GREYS = {"light": 1, "plain": 2, "dark": 3}
+MEANINGFUL = {*COLORS, *NOUNS, *LINKS, *ADJECTIVES}
 
 SLOTS = {
     "color1": 1 + len(COLORS),
@@ -106,8 +107,9 @@ def captions(seed: int, count: int, held: bool = False) -> list[list[str]]:
 
 
 def reword(words: list[str], rng: random.Random) -> list[str]:
-    """Half of the time the sentence with other colours and shapes, if it then states nothing held out; 1 word in 100
-    becomes unknown."""
+    """The sentence with other colours and shapes half of the time, unless it then states something held out; and half
+    of the time with each word that fills a slot unknown by a chance of 1 in 4, so that no slot's code can lean on
+    another's."""
     for _ in range(4 if rng.random() < 0.5 else 0):
         new = list(words)
         for i, word in enumerate(words):
@@ -117,7 +119,8 @@ def reword(words: list[str], rng: random.Random) -> list[str]:
         if not held_out(new):
             words = new
             break
-    return ["<unk>" if rng.random() < 0.01 else word for word in words]
+    chance = 0.25 if rng.random() < 0.5 else 0.0
+    return ["<unk>" if word in MEANINGFUL and rng.random() < chance else word for word in words]
 
 
 def tensors(texts: Sequence[Sequence[str]], ids: dict[str, int]) -> tuple[Tensor, Tensor]:
@@ -170,8 +173,14 @@ def build_model(vocabulary: int, width: int, layers: int) -> Any:
     return Gemma2ForCausalLM(config)
 
 
-def losses(model: Any, heads: nn.ModuleList, tokens: Tensor, slots: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Cross-entropies in nats: of the next word, of the slots from each token, of all slots from the mean token."""
+def losses(
+    model: Any, heads: nn.ModuleList, tokens: Tensor, slots: Tensor, noise: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Cross-entropies in nats: of the next word, of the slots from each token, of all slots from the mean token.
+
+    The heads read features with Gaussian noise (of `noise` times their root mean square; half of it on the mean), so
+    that values of a slot must lie apart, along directions that serve every context.
+    """
     mask = tokens != PAD
     row, last = torch.arange(len(tokens)), mask.sum(1) - 1
     hidden = model.model(input_ids=tokens, attention_mask=mask.long(), use_cache=False).last_hidden_state
@@ -181,9 +190,10 @@ def losses(model: Any, heads: nn.ModuleList, tokens: Tensor, slots: Tensor) -> t
     following[row, last] = EOS
     word = F.cross_entropy(logits.flatten(0, 1), following.flatten(), ignore_index=PAD)
     sizes = list(SLOTS.values())
+    scale = noise * hidden[mask].square().mean().sqrt().detach()
     mean = (hidden * mask.unsqueeze(-1)).sum(1) / mask.sum(1, keepdim=True)
-    each = heads[0](hidden).flatten(0, 1).split(sizes, -1)
-    pooled = heads[1](mean).split(sizes, -1)
+    each = heads[0](hidden + scale * torch.randn_like(hidden)).flatten(0, 1).split(sizes, -1)
+    pooled = heads[1](mean + 0.5 * scale * torch.randn_like(mean)).split(sizes, -1)
     a = [F.cross_entropy(x, slots[..., k].flatten(), ignore_index=-100) for k, x in enumerate(each)]
     b = [F.cross_entropy(x, slots[row, last, k]) for k, x in enumerate(pooled)]
     return word, torch.stack(a).mean(), torch.stack(b).mean()
@@ -208,9 +218,9 @@ def train(model: Any, texts: list[list[str]], ids: dict[str, int], args: argpars
     for step, batch in zip(range(args.steps), batches(texts, args.batch, random.Random(args.seed)), strict=False):
         for group in optimizer.param_groups:
             group["lr"] = args.lr * min(1, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * step / args.steps))
-        word, each, pooled = losses(model, heads, *tensors(batch, ids))
+        word, each, pooled = losses(model, heads, *tensors(batch, ids), args.noise)
         optimizer.zero_grad()
-        (word + args.heads * (each + pooled)).backward()
+        (args.words * word + args.heads * (each + pooled)).backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         history.append((word.item(), each.item(), pooled.item()))
@@ -233,17 +243,21 @@ def unit_rms(model: Any, texts: list[list[str]], ids: dict[str, int]) -> None:
 # --- the probe --------------------------------------------------------------------------------------------------------
 
 
-def features(encoder: GemmaEncoder, texts: list[list[str]]) -> tuple[dict[str, Tensor], Tensor]:
-    """Features of the last token and of the mean token, float64 (b, c) each, and the slots (b, slots)."""
-    last, mean = [], []
+def features(encoder: GemmaEncoder, texts: list[list[str]]) -> dict[str, tuple[Tensor, Tensor]]:
+    """What a probe reads -> (float64 features (b, c), slots (b, slots)): "last" and "mean" are the last and the mean
+    token of each caption, with all that it says; "each" is every token, with what has been said up to it."""
+    found: dict[str, list[tuple[Tensor, Tensor]]] = {"last": [], "mean": [], "each": []}
+    ids = encoder.tokenizer.get_vocab()
     for first in range(0, len(texts), 256):
-        condition = encoder.encode([" ".join(words) for words in texts[first : first + 256]])
+        some = texts[first : first + 256]
+        condition = encoder.encode([" ".join(words) for words in some])
         assert condition.mask is not None
-        text, mask = condition.text.double(), condition.mask
-        last.append(text[torch.arange(len(text)), mask.sum(1) - 1])
-        mean.append((text * mask.unsqueeze(-1)).sum(1) / mask.sum(1, keepdim=True))
-    slots = torch.tensor([list(said(words)[-1].values()) for words in texts])
-    return {"last": torch.cat(last), "mean": torch.cat(mean)}, slots
+        text, mask, slots = condition.text.double(), condition.mask, tensors(some, ids)[1]
+        row, last = torch.arange(len(text)), mask.sum(1) - 1
+        found["last"].append((text[row, last], slots[row, last]))
+        found["mean"].append(((text * mask.unsqueeze(-1)).sum(1) / mask.sum(1, keepdim=True), slots[row, last]))
+        found["each"].append((text[mask], slots[mask]))
+    return {k: (torch.cat([x for x, _ in v]), torch.cat([y for _, y in v])) for k, v in found.items()}
 
 
 def ridge(x: Tensor, y: Tensor, classes: int, penalty: float = 1e-4) -> tuple[Tensor, Tensor]:
@@ -257,29 +271,30 @@ def ridge(x: Tensor, y: Tensor, classes: int, penalty: float = 1e-4) -> tuple[Te
     return weight, middle - centre @ weight
 
 
-def probe(encoder: GemmaEncoder, scenes_fitted: int = 1500, scenes_tested: int = 500) -> dict[str, Any]:
-    """Read every slot by a linear map from one vector; fitted on training scenes, tested on new ones.
+def probe(encoder: GemmaEncoder, fitted: int = 1500, tested: int = 500) -> dict[str, Any]:
+    """Read every slot by a linear map from one vector; fitted on captions of training scenes, tested on new ones.
+
+    Args:
+        fitted, tested: scenes, four captions each.
 
     Returns:
-        {"last" or "mean": {"seen" or "held_out": {slot: accuracy, ..., "all": share of captions with no error}}},
-        where held_out are captions of scenes whose prompt states a combination that neither the encoder nor the probe
-        has met.
+        {"last" or "mean" or "each": {"seen" or "held_out": {slot: accuracy, ..., "all": share without any error}}},
+        see `features`; held_out are captions that state a combination that neither encoder nor probe has met.
     """
-    fitted, labels = features(encoder, captions(101, scenes_fitted))
-    result: dict[str, Any] = {"last": {}, "mean": {}}
-    for split, texts in (
-        ("seen", captions(102, scenes_tested)),
-        ("held_out", [t for t in captions(103, scenes_tested, held=True) if held_out(t)]),
-    ):
-        tested, truth = features(encoder, texts)
-        for kind in ("last", "mean"):
-            right = []
-            for k, classes in enumerate(SLOTS.values()):
-                weight, bias = ridge(fitted[kind], labels[:, k], classes)
-                right.append((tested[kind] @ weight + bias).argmax(1) == truth[:, k])
-            table = torch.stack(right, 1)
-            result[kind][split] = dict(zip(SLOTS, table.double().mean(0).tolist(), strict=True))
-            result[kind][split]["all"] = table.all(1).double().mean().item()
+    known = features(encoder, captions(101, fitted))
+    splits = {
+        "seen": features(encoder, captions(102, tested)),
+        "held_out": features(encoder, [words for words in captions(103, tested, held=True) if held_out(words)]),
+    }
+    result: dict[str, Any] = {}
+    for kind, (x, y) in known.items():
+        maps = [ridge(x, y[:, k], classes) for k, classes in enumerate(SLOTS.values())]
+        result[kind] = {}
+        for split, new in splits.items():
+            z, truth = new[kind]
+            right = torch.stack([(z @ w + b).argmax(1) == truth[:, k] for k, (w, b) in enumerate(maps)], 1).double()
+            result[kind][split] = dict(zip(SLOTS, right.mean(0).tolist(), strict=True))
+            result[kind][split]["all"] = right.prod(1).mean().item()
     return result
 
 
@@ -287,45 +302,51 @@ def separation(encoder: GemmaEncoder) -> dict[str, float]:
     """Distances of last-token features over all coloured position prompts, in units of the features' typical norm.
 
     Returns:
-        nearest: the least distance of any two prompts; one_word and order: the least among pairs that differ in one
-        word, and that have the two objects in the other order; median: of random pairs.
+        prompts: how many; nearest: least distance of any two of them; order: least distance of two that have the same
+        words in another order; median: of random pairs.
     """
-    pairs = [(c, s) for c in scenes.COLORS for s in scenes.SHAPES]
-    keys = [(a, r, b) for a in pairs for r in scenes.RELATIONS for b in pairs if a != b]
-    texts = [f"a {c} {s} {r} a {d} {u}".replace("a orange", "an orange").split() for (c, s), r, (d, u) in keys]
-    x = features(encoder, texts)[0]["last"]
+    things = [(c, s) for c in COLORS for s in SHAPES]
+    keys = [(a, r, b) for a in things for r in scenes.RELATIONS for b in things if a != b]
+    texts = [f"{scenes.article(f'{c} {s}')} {r} {scenes.article(f'{d} {u}')}".split() for (c, s), r, (d, u) in keys]
+    x = features(encoder, texts)["last"][0]
     x = x / x.square().sum(1).mean().sqrt()
-    index = {key: i for i, key in enumerate(keys)}
-    swapped = torch.tensor([index[b, r, a] for a, r, b in keys])
-    words = torch.tensor([[*COLORS.values()].index(COLORS[c]) for (c, _), _, _ in keys])
-    del words
-    nearest, one_word = math.inf, math.inf
-    codes = torch.tensor([[COLORS[c], SHAPES[s], LINKS[r.split()[0]], COLORS[d], SHAPES[u]] for (c, s), r, (d, u) in keys])
+    squares = x.square().sum(1)
+    nearest = math.inf
     for first in range(0, len(x), 512):
-        distance = torch.cdist(x[first : first + 512], x)
-        differ = (codes[first : first + 512, None] != codes[None]).sum(-1)
-        nearest = min(nearest, distance[differ > 0].min().item())
-        one_word = min(one_word, distance[differ == 1].min().item())
-    generator = torch.Generator().manual_seed(0)
-    other = torch.randperm(len(x), generator=generator)
+        block = slice(first, first + 512)
+        distance = squares[block, None] + squares - 2 * x[block] @ x.T
+        distance[torch.arange(len(distance)), first + torch.arange(len(distance))] = math.inf
+        nearest = min(nearest, distance.min().item())
+    index = {key: i for i, key in enumerate(keys)}
+    # The same words: the two objects change places, or only their colours or only their shapes do.
+    others = [
+        torch.tensor([index.get(key, -1) for key in keys_moved])
+        for keys_moved in (
+            [(b, r, a) for a, r, b in keys],
+            [((d, s), r, (c, u)) for (c, s), r, (d, u) in keys],
+        )
+    ]
+    moved = [(x - x[o])[(o >= 0) & (o != torch.arange(len(x)))].norm(dim=1).min().item() for o in others]
+    shuffled = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
     return {
         "prompts": len(x),
-        "nearest": nearest,
-        "one_word": one_word,
-        "order": (x - x[swapped]).norm(dim=1).min().item(),
-        "median": (x - x[other]).norm(dim=1).median().item(),
+        "nearest": math.sqrt(nearest),
+        "order": min(moved),
+        "median": (x - x[shuffled]).norm(dim=1).median().item(),
     }
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for weights, tokenizer and results.json")
-    parser.add_argument("--width", type=int, default=64)
+    parser.add_argument("--width", type=int, default=96)
     parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--lr", type=float, default=4e-3)
     parser.add_argument("--decay", type=float, default=0.01)
+    parser.add_argument("--words", type=float, default=0.3, help="weight of the language model's loss")
+    parser.add_argument("--noise", type=float, default=1.0, help="before the heads, in units of the features' RMS")
     parser.add_argument("--heads", type=float, default=1.0, help="weight of the slot losses; 0: language model only")
     parser.add_argument("--scenes", type=int, default=30000, help="training scenes, four captions each")
     parser.add_argument("--seed", type=int, default=0)

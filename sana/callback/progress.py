@@ -9,7 +9,14 @@ from typing import Any
 from lightning import Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 
 class TrainProgress(ProgressBar):
@@ -49,9 +56,13 @@ class TrainProgress(ProgressBar):
                 console=Console(stderr=True),
             )  # fmt: skip
             self._progress.start()
-            self._task = self._progress.add_task("train", total=self._total, completed=self._first, numbers="")
+            self._task = self._progress.add_task(
+                "train", total=self._total, completed=self._first, numbers=""
+            )
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         """Refresh when it is time."""
         now = time.perf_counter()
         due = self.refresh if self._progress else self.plain_every
@@ -68,7 +79,11 @@ class TrainProgress(ProgressBar):
         else:
             done = step - self._first
             left = (self._total - step) * (now - self._begin) / done if self._total and done else 0.0
-            print(f"update {step}/{self._total or '?'}, {numbers}, ETA {left / 60:.1f} min", file=sys.stderr, flush=True)
+            print(
+                f"update {step}/{self._total or '?'}, {numbers}, ETA {left / 60:.1f} min",
+                file=sys.stderr,
+                flush=True,
+            )
 
     def _split(self, recipe: Any, step: int) -> str:
         parts = {name: seconds for name, seconds in recipe.seconds.items() if seconds > 0}

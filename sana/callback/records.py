@@ -27,6 +27,7 @@ class Records(Callback):
         self.log: MetricsLog | None = None
         self._last = (0, 0, 0.0)  # updates, samples, wall time at the last line
         self._ended = 0.0
+        self._evaluation = 0.0  # seconds of evaluation when the last step ended
 
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Open the log; a resumed run appends."""
@@ -39,15 +40,19 @@ class Records(Callback):
         self._ended = time.perf_counter()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """What passed since the last step ended was waiting for data."""
-        pl_module.seconds["data"] += time.perf_counter() - self._ended
+        """What passed since the last step ended was waiting for data, but for what callbacks say they used."""
+        waited = time.perf_counter() - self._ended
+        pl_module.seconds["data"] += max(waited - (pl_module.seconds["evaluation"] - self._evaluation), 0.0)
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         """Write a line when one is due."""
         step = trainer.global_step
         if step != self._last[0] and (step % self.every == 0 or step == 1):
             self._line(trainer, pl_module, step)
         self._ended = time.perf_counter()
+        self._evaluation = pl_module.seconds["evaluation"]
 
     def _line(self, trainer: Trainer, recipe: Recipe, step: int) -> None:
         updates, samples, since = self._last

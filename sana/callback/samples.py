@@ -8,12 +8,12 @@ from typing import Any
 from lightning import Callback, Trainer
 
 from sana.model.generate import Painter
-from sana.run.sidecar import save_grid
+from sana.run.grid import save_samples
 from sana.sampler.guided import Sampler
 
 
 class SampleGrid(Callback):
-    """Draws fixed prompts at fixed seeds with the averaged network and saves ``samples/step_NNNNNNNN.png``.
+    """Draws fixed prompts at fixed seeds with the averaged network and saves ``samples/step_NNNNNN.png``.
 
     Args:
         prompts: one row each.
@@ -32,25 +32,31 @@ class SampleGrid(Callback):
         self.every, self.size = every, size
         self._done = -1
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         """Draw when due."""
         if trainer.global_step != self._done and trainer.global_step % self.every == 0:
-            self._draw(trainer, pl_module)
+            with pl_module.timed("evaluation"):
+                self._draw(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Draw the end."""
         if trainer.global_step != self._done:
-            self._draw(trainer, pl_module)
+            with pl_module.timed("evaluation"):
+                self._draw(trainer, pl_module)
 
     def _draw(self, trainer: Trainer, recipe: Any) -> None:
         self._done = trainer.global_step
         prompts = [prompt for prompt in self.prompts for _ in range(self.per_prompt)]
         seeds = list(range(self.per_prompt)) * len(self.prompts)
         with recipe.averaged("network") as network, trainer.precision_plugin.forward_context():
-            painter = Painter(network, recipe.frozen.autoencoder, recipe.frozen.text_encoder, recipe.null_like)
+            painter = Painter(
+                network, recipe.frozen.autoencoder, recipe.frozen.text_encoder, recipe.null_like
+            )
             images = painter.draw(prompts, seeds, self.sampler, self.size, self.size)
         if trainer.is_global_zero:
-            path = Path(trainer.default_root_dir) / "samples" / f"step_{trainer.global_step:08d}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            rows = [list(images[k * self.per_prompt : (k + 1) * self.per_prompt]) for k in range(len(self.prompts))]
-            save_grid(path, rows, row_labels=self.prompts, title=f"update {trainer.global_step}")
+            folder = Path(trainer.default_root_dir) / "samples"
+            grid = images.reshape(len(self.prompts), self.per_prompt, *images.shape[1:])
+            weights = "averaged weights" if "network" in recipe.ema else "last weights"
+            save_samples(folder, trainer.global_step, grid, self.prompts, list(range(self.per_prompt)), weights)

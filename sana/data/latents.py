@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import os
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
+from rich.console import Console
+from rich.progress import track
 from torch import Tensor
 
 Encode = Callable[[Tensor], Tensor]
@@ -32,7 +33,6 @@ def build(
     encode: Encode,
     *,
     batch: int = 256,
-    progress: Callable[[int, int, float], None] | None = None,
 ) -> np.ndarray:
     """Memory-mapped float16 latents (count, c, h, w), encoded first if `path` does not exist.
 
@@ -42,7 +42,6 @@ def build(
         count: number of samples.
         encode: images (b, 3, H, W) in [-1, 1] -> latents (b, c, h, w).
         batch: images per call of `encode`.
-        progress: called with (done, count, images per second).
 
     Raises:
         ValueError: latents out of float16's range or not finite.
@@ -51,7 +50,7 @@ def build(
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
-            _write(temporary, images, count, encode, batch, progress)
+            _write(temporary, images, count, encode, batch)
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
@@ -67,10 +66,9 @@ def _write(
     count: int,
     encode: Encode,
     batch: int,
-    progress: Callable[[int, int, float], None] | None,
 ) -> None:
-    target, start = None, time.perf_counter()
-    for first in range(0, count, batch):
+    target = None
+    for first in track(range(0, count, batch), "encoding latents", console=Console(stderr=True)):
         last = min(first + batch, count)
         pixels = to_tensor(np.stack([images(i) for i in range(first, last)]))
         latents = encode(pixels).float().cpu()
@@ -80,8 +78,6 @@ def _write(
             shape = (count, *latents.shape[1:])
             target = np.lib.format.open_memmap(path, mode="w+", dtype=np.float16, shape=shape)
         target[first:last] = latents.numpy().astype(np.float16)
-        if progress:
-            progress(last, count, last / (time.perf_counter() - start))
     if target is not None:
         target.flush()
 

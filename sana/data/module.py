@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,13 +13,16 @@ from lightning import LightningDataModule
 from torch.utils.data import DataLoader, Dataset
 
 from sana.data import latents as latent_cache
-from sana.data.caption import CaptionChoice
-from sana.data.latents import Encode, to_tensor
+from sana.data.caption import Caption, PowerScore, Proportion, SoftmaxScore
+from sana.data.latents import to_tensor
 from sana.data.order import Order, PositionBatches
 from sana.data.scene_shards import write_scene_shards
 from sana.data.shards import ShardFolder
 from sana.ops.random import uniform
 from sana.types import Batch
+
+
+CaptionChoice = PowerScore | SoftmaxScore | Proportion
 
 
 class Positions(Dataset[tuple[int, int]]):
@@ -32,7 +34,11 @@ class Positions(Dataset[tuple[int, int]]):
     def __getitem__(self, position: int) -> dict[str, Any]:  # type: ignore[override]
         i = self.order.sample(position)
         meta = self.shards.meta(i)
-        item = {"position": position, "key": self.shards.key(i), "captions": _captions(meta, self.shards.key(i))}
+        item = {
+            "position": position,
+            "key": self.shards.key(i),
+            "captions": _captions(meta, self.shards.key(i)),
+        }
         if self.latents is None:
             item["image"] = self.shards.image(i)
         else:
@@ -40,11 +46,11 @@ class Positions(Dataset[tuple[int, int]]):
         return item
 
 
-def _captions(meta: dict[str, Any], key: str) -> list[dict[str, Any]]:
+def _captions(meta: dict[str, Any], key: str) -> list[Caption]:
     if meta.get("captions"):
-        return meta["captions"]
+        return [Caption(c["source"], c["text"], c.get("score")) for c in meta["captions"]]
     if "prompt" in meta:
-        return [{"source": "prompt", "text": meta["prompt"], "score": 0.0}]
+        return [Caption("prompt", meta["prompt"])]
     raise ValueError(f"{key}: JSON has neither 'captions' nor 'prompt'")
 
 
@@ -52,13 +58,15 @@ def collate(items: list[dict[str, Any]], *, seed: int, choice: CaptionChoice) ->
     """Join samples into a `Batch`, choosing one caption each by its position."""
     index = torch.tensor([item["position"] for item in items], dtype=torch.int64)
     u = uniform(seed, index, "caption").tolist()
-    caption = [choice(item["captions"], u[k]) for k, item in enumerate(items)]
+    caption = [choice(item["captions"], u[k]).text for k, item in enumerate(items)]
     image = latent = None
     if "image" in items[0]:
         image = to_tensor(np.stack([item["image"] for item in items]))
     else:
         latent = torch.from_numpy(np.stack([item["latent"] for item in items]))
-    return Batch(image=image, latent=latent, caption=caption, index=index, key=[item["key"] for item in items])
+    return Batch(
+        image=image, latent=latent, caption=caption, index=index, key=[item["key"] for item in items]
+    )
 
 
 class ShardsData(LightningDataModule):
@@ -69,7 +77,8 @@ class ShardsData(LightningDataModule):
         batch_size: global batch, over all ranks and micro-batches.
         accumulate: micro-batches per update; each has ``batch_size / world / accumulate`` samples.
         caption: how one caption of several is chosen.
-        cache_latents: encode every image once before training and keep the latents beside the shards.
+        cache_latents: encode every image once before training, with the recipe's `latent_encoder`, and keep the
+            latents beside the shards.
         num_workers: loader processes per rank.
         validation: number of held-out samples for validation losses, from the split "val" if there is one, else from
             the end of the training shards' order (position stream of its own).
@@ -93,13 +102,6 @@ class ShardsData(LightningDataModule):
         self.batch_size, self.accumulate, self.seed = batch_size, accumulate, seed
         self.choice, self.cache_latents, self.num_workers = caption, cache_latents, num_workers
         self.validation = validation
-        self.encode: Encode | None = None
-        self.encoder_digest = ""
-        self.progress: Callable[[int, int, float], None] | None = None
-
-    def use_encoder(self, encode: Encode, digest: str) -> None:
-        """Tell how images become latents; called by the trainer's glue before `setup` when `cache_latents` is on."""
-        self.encode, self.encoder_digest = encode, digest
 
     def prepare_data(self) -> None:
         """Check the folder on one process, and encode latents if asked."""
@@ -116,10 +118,12 @@ class ShardsData(LightningDataModule):
         return ShardFolder(self.folder, "train").fingerprint()
 
     def _latents(self, shards: ShardFolder) -> np.ndarray:
-        if self.encode is None:
-            raise ValueError("data.cache_latents=true needs an autoencoder; call use_encoder first")
-        path = latent_cache.cache_path(self.folder, shards.fingerprint(), self.encoder_digest, "float16")
-        return latent_cache.build(path, shards.image, len(shards), self.encode, progress=self.progress)
+        recipe: Any = self.trainer.lightning_module if self.trainer is not None else None
+        if not hasattr(recipe, "latent_encoder"):
+            raise ValueError("data.cache_latents=true needs a recipe with an autoencoder; set it to false")
+        encode, digest = recipe.latent_encoder()
+        path = latent_cache.cache_path(self.folder, shards.fingerprint(), digest, "float16")
+        return latent_cache.build(path, shards.image, len(shards), encode)
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Endless loader of this rank's micro-batches, from the first sample the recipe has not consumed."""
@@ -145,7 +149,9 @@ class ShardsData(LightningDataModule):
         wanted = [items[p] for p in range(min(self.validation, len(shards)))]
         return collate(wanted, seed=self.seed, choice=self.choice)
 
-    def _loader(self, shards: ShardFolder, latents: np.ndarray | None, batches: PositionBatches) -> DataLoader[Any]:
+    def _loader(
+        self, shards: ShardFolder, latents: np.ndarray | None, batches: PositionBatches
+    ) -> DataLoader[Any]:
         return DataLoader(
             Positions(shards, Order(len(shards), self.seed), latents),
             batch_sampler=batches,  # type: ignore[arg-type]

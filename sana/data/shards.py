@@ -94,7 +94,9 @@ class ShardFolder:
         return digest.hexdigest()
 
     def _read(self, shard: int, where: tuple[int, int]) -> bytes:
-        if self._pid != os.getpid():  # a forked worker must not share file positions or descriptors' lifetimes
+        if (
+            self._pid != os.getpid()
+        ):  # a forked worker must not share file positions or descriptors' lifetimes
             self._files, self._pid = {}, os.getpid()
         if shard not in self._files:
             self._files[shard] = os.open(self.paths[shard], os.O_RDONLY)

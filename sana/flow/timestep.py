@@ -58,8 +58,8 @@ class LogitNormal:
     Attributes:
         mean, std: of the logit of t before the shift; std > 0.
         shift: flow shift.
-        steps: None for continuous time. The published training of SANA has 1000: t before the shift is floored
-            to i / 1000, i = 0 ... 999 (its network floors 1000 t too, which is the network's `floor_time`).
+        steps: None for continuous time. SANA's published training has 1000: t before the shift is floored
+            to i / 1000, i = 0 ... 999 (its network floors 1000 t too: the network's `floor_time`).
     """
 
     mean: float = 0.0
@@ -73,7 +73,7 @@ class LogitNormal:
         _check(self.shift, self.steps)
 
     def __call__(self, u: Float[Tensor, "*s"]) -> Float[Tensor, "*s"]:
-        """Map u in [0, 1) to t in (0, 1), in [0, 1) with steps; dtype of u. u = 0 is read as 2^-25."""
+        """Map u in [0, 1) to t in (0, 1], or to the levels; dtype of u. u = 0 is read as 2^-25."""
         # Uniform float32 numbers are multiples of 2^-24: half a multiple keeps t off the exact end.
         n = torch.special.ndtri(u.to(torch.float64).clamp(2.0**-25, 1 - 2.0**-25))
         t = torch.sigmoid(self.mean + self.std * n)
@@ -91,5 +91,5 @@ class Uniform:
         _check(self.shift, self.steps)
 
     def __call__(self, u: Float[Tensor, "*s"]) -> Float[Tensor, "*s"]:
-        """Map u in [0, 1) to t in [0, 1), dtype of u."""
+        """Map u in [0, 1) to t in [0, 1], dtype of u, whose rounding may reach 1."""
         return _place(u.to(torch.float64), self.shift, self.steps).to(u.dtype)

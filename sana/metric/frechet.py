@@ -54,9 +54,7 @@ class Statistics:
         Raises ValueError for another d or non-finite features.
         """
         if features.ndim != 2 or features.shape[1] != self.dim:
-            raise ValueError(
-                f"Statistics: features have shape {tuple(features.shape)}, expected (b, {self.dim})"
-            )
+            raise ValueError(f"Statistics: features have shape {tuple(features.shape)}, expected (b, {self.dim})")
         x = features.detach().to(device="cpu", dtype=torch.float64)
         if not torch.isfinite(x).all():
             raise ValueError("Statistics: a feature is not finite; look for blank or broken images")
@@ -203,9 +201,7 @@ class Frechet:
             self._reference = self._statistics(batches)
         return self._reference
 
-    def _statistics(
-        self, batches: Iterable[Any], clusters: Sequence[Hashable] | None = None
-    ) -> list[Statistics]:
+    def _statistics(self, batches: Iterable[Any], clusters: Sequence[Hashable] | None = None) -> list[Statistics]:
         """One `Statistics` per jackknife part.
 
         Cluster k goes to part k mod parts, however the batches are cut.

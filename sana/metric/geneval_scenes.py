@@ -60,22 +60,16 @@ def judge(images: Sequence[Any], metadata: Sequence[Mapping[str, Any]], score: S
     for i, line in enumerate(metadata):
         missing = [key for key in ("tag", "prompt", "include") if key not in line]
         if missing:
-            raise ValueError(
-                f"geneval_scenes: metadata of image {i} has no {' and no '.join(map(repr, missing))}"
-            )
+            raise ValueError(f"geneval_scenes: metadata of image {i} has no {' and no '.join(map(repr, missing))}")
         if line["tag"] not in TASKS:
-            raise ValueError(
-                f"geneval_scenes: image {i} has tag {line['tag']!r}, expected one of {', '.join(TASKS)}"
-            )
+            raise ValueError(f"geneval_scenes: image {i} has tag {line['tag']!r}, expected one of {', '.join(TASKS)}")
         image = np.asarray(images[i])
         if image.ndim != 3 or image.shape[-1] != 3 or image.dtype != np.uint8:
             raise ValueError(
                 f"geneval_scenes: image {i} is {image.dtype} of shape {image.shape}, expected uint8 (H, W, 3)"
             )
         correct, reason = score(image, line)
-        verdicts.append(
-            Verdict(i, line["tag"], line["prompt"], bool(correct), "" if correct else str(reason))
-        )
+        verdicts.append(Verdict(i, line["tag"], line["prompt"], bool(correct), "" if correct else str(reason)))
     return verdicts
 
 

@@ -80,6 +80,7 @@ class Recipe(LightningModule):
         self._restored_ema: dict[str, Any] | None = None
         self._sharded = False
         self._pending = dict.fromkeys(self.optimisation, 0)
+        self._uncounted = 0
         self._samples: list[str] = []
 
     def trainables(self) -> dict[str, nn.Module]:
@@ -145,7 +146,14 @@ class Recipe(LightningModule):
         parameters = [p for p in module.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         if not torch.isfinite(norm):
-            bad = next((n for n, p in module.named_parameters() if p.grad is not None and not p.grad.isfinite().all()), "?")
+            bad = next(
+                (
+                    n
+                    for n, p in module.named_parameters()
+                    if p.grad is not None and not p.grad.isfinite().all()
+                ),
+                "?",
+            )
             raise NonFiniteError(self._trouble(name, f"gradient is not finite, first in {bad}"))
         if plan.clip_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(parameters, plan.clip_norm, norm)
@@ -195,8 +203,14 @@ class Recipe(LightningModule):
         self.report = {}
 
     def finish_batch(self, samples: int) -> None:
-        """End a step: count the samples of all ranks."""
-        self.samples_seen += samples * self.trainer.world_size
+        """End a step: count the samples of all ranks, once the update that used them is done.
+
+        A run stopped within an accumulation window thus repeats the window, whose gradients are not saved.
+        """
+        self._uncounted += samples * self.trainer.world_size
+        if not any(self._pending.values()):
+            self.samples_seen += self._uncounted
+            self._uncounted = 0
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add counters and moving averages, each under its own name."""
@@ -217,5 +231,7 @@ class Recipe(LightningModule):
         self.samples_seen = int(checkpoint["samples_seen"])
         for name, plan in self.optimisation.items():
             if plan.ema_decay is not None and name not in checkpoint["ema"]:
-                raise KeyError(f"checkpoint has no moving average of {name!r}; it has {sorted(checkpoint['ema'])}")
+                raise KeyError(
+                    f"checkpoint has no moving average of {name!r}; it has {sorted(checkpoint['ema'])}"
+                )
         self._restored_ema = checkpoint["ema"]

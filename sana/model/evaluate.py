@@ -1,9 +1,10 @@
 """Evaluation: draw images into a folder, score the folder, write results.json, table and report.
 
 Drawing and scoring meet only in the folder, so either can be done elsewhere. The folder has GenEval's layout
-(`<split>/00012/samples/00000.png` and `<split>/00012/metadata.jsonl`, one number per prompt) with a JSON sidecar beside
-each image. Drawing resumes: an image that is there is kept, image n of a prompt always has the same seed, and batches
-are cut the same way every time, so an interrupted evaluation ends with the pixels of one that was not.
+(`<split>/00012/samples/00000.png` and `<split>/00012/metadata.jsonl`, one number per prompt) with a JSON
+sidecar beside each image. Drawing resumes: an image that is there is kept, image n of a prompt always has the
+same seed, and batches are cut the same way every time, so an interrupted evaluation ends with the pixels of
+one that was not.
 """
 
 from __future__ import annotations
@@ -87,8 +88,8 @@ def draw_folder(
         folder: where; made if missing. An interrupted drawing with the same settings is continued.
         images_fn: draws a batch.
         prompts: lines of GenEval's metadata ("tag", "include", "prompt", ...).
-        settings: what the images depend on and each sidecar says: at least sampler, steps, guidance, checkpoint and
-            commit.
+        settings: what the images depend on and each sidecar says: at least sampler, steps, guidance,
+            checkpoint and commit.
         held_out: lines that are scored apart.
         samples: images per line.
         seed: of the evaluation; see `image_seed`.
@@ -99,8 +100,8 @@ def draw_folder(
         Seconds spent drawing this folder, over all attempts.
 
     Raises:
-        ValueError: the folder was drawn with other settings or prompts; a setting is missing; nothing to draw; images
-            of a wrong shape.
+        ValueError: the folder was drawn with other settings or prompts; a setting is missing; nothing to
+            draw; images of a wrong shape.
     """
     folder = Path(folder)
     missing = [key for key in REQUIRED if key not in ("prompt", "seed") and key not in settings]
@@ -130,9 +131,7 @@ def draw_folder(
     return float(manifest["seconds"])
 
 
-def _jobs(
-    folder: Path, splits: Mapping[str, Sequence[Mapping[str, Any]]], samples: int, seed: int
-) -> list[Job]:
+def _jobs(folder: Path, splits: Mapping[str, Sequence[Mapping[str, Any]]], samples: int, seed: int) -> list[Job]:
     jobs = []
     for split, lines in splits.items():
         seen: Counter[str] = Counter()
@@ -198,8 +197,9 @@ class Images(Sequence[NDArray[np.uint8]]):
 def find_images(folder: str | Path) -> list[tuple[Path, dict[str, Any]]]:
     """PNGs of a folder with what is known of each, ordered by path.
 
-    What is known is the sidecar, or else GenEval's ``metadata.jsonl`` in the image's folder or the one above; the
-    record always has "metadata", "split" and "entry". Pictures named ``grid.png`` are left out, as GenEval has them.
+    What is known is the sidecar, or else GenEval's ``metadata.jsonl`` in the image's folder or the one above;
+    the record always has "metadata", "split" and "entry". Pictures named ``grid.png`` are left out, as
+    GenEval has them.
 
     Raises:
         ValueError: no images, an image about which nothing is known, or a drawing that is not finished.
@@ -233,12 +233,14 @@ def score_folder(folder: str | Path, metrics: Mapping[str, Metric]) -> dict[str,
 
     Args:
         folder: see `find_images`; ``verdicts.jsonl`` is written into it, in GenEval's own form.
-        metrics: name -> metric. One with "tasks" in its answer gives the keys overall, tasks and (over the held-out
-            images) held_out; any other gives a key of its name. Only the first kind looks at held-out images.
+        metrics: name -> metric. One with "tasks" in its answer gives the keys overall, tasks and (over the
+            held-out images) held_out; any other gives a key of its name. Only the first kind looks at
+            held-out images.
 
     Returns:
-        ``{"overall", "tasks", "held_out", <name>..., "figures", "settings", "files"}``: see `sana.run.results`.
-        Settings are those that all sidecars share; one that differs between images lists its values.
+        ``{"overall", "tasks", "held_out", <name>..., "figures", "settings", "files"}``: see
+        `sana.run.results`. Settings are those that all sidecars share; one that differs between images lists
+        its values.
 
     Raises:
         ValueError: see `find_images`.
@@ -312,6 +314,7 @@ def evaluate(
     run_dir: str | Path | None = None,
     output: str | Path | None = None,
     commit: str | None = None,
+    training: Mapping[str, Any] | None = None,
     drawing: Mapping[str, Any] | None = None,
     console: Console | None = None,
 ) -> dict[str, Any]:
@@ -320,10 +323,11 @@ def evaluate(
     Args:
         folder: of the images.
         metrics: see `score_folder`.
-        run_dir: of the run whose checkpoint drew the images; its records give steps, seconds and memory of training,
-            and the report is made in it. None: the report is made in `folder`.
+        run_dir: of the run whose checkpoint drew the images; its records give steps, seconds and memory of
+            training, and the report is made in it. None: the report is made in `folder`.
         output: the results file. None: ``results.json`` beside the report.
         commit: of the code that evaluates.
+        training: facts that are better known than from the records, such as {"steps": updates of the checkpoint}.
         drawing: arguments of `draw_folder` without `folder` and `console`. None: the folder is complete.
         console: for progress and the table; None for silence.
 
@@ -343,14 +347,14 @@ def evaluate(
     results = score_folder(folder, metrics)
     parts["scoring"] = time.monotonic() - clock
     manifest = read_results(folder / MANIFEST) or {}
-    training = {} if run_dir is None else training_facts(run_dir)
-    parts |= {"training": training.get("seconds"), "drawing": manifest.get("seconds")}
+    facts = ({} if run_dir is None else training_facts(run_dir)) | dict(training or {})
+    parts |= {"training": facts.get("seconds"), "drawing": manifest.get("seconds")}
     results["settings"] = manifest.get("settings", {}) | results["settings"]
     results |= {
-        "steps": training.get("steps"),
+        "steps": facts.get("steps"),
         "seconds": sum(s for s in parts.values() if s is not None),
         "seconds_by_part": parts,
-        "peak_rss_gib": max(training.get("peak_rss_gib") or 0.0, peak_rss_gib()),
+        "peak_rss_gib": max(facts.get("peak_rss_gib") or 0.0, peak_rss_gib()),
         "commit": commit,
     }
     results["files"] |= {"results": str(output.resolve()), "report": str((home / "report.html").resolve())}

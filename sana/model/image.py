@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -107,6 +108,21 @@ class ImageModule(Recipe):
         assert batch.image is not None
         with torch.no_grad():
             return self.frozen.autoencoder.encode(batch.image).float().unsqueeze(2)
+
+    def latent_encoder(self) -> tuple[Callable[[Tensor], Tensor], str]:
+        """How images become latents, and a digest of everything that this depends on, for caches."""
+        autoencoder = self.frozen.autoencoder
+        digest = hashlib.sha256(str(autoencoder).encode())
+        for name, value in sorted(autoencoder.state_dict().items()):
+            digest.update(
+                name.encode() + value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+            )
+
+        def encode(images: Tensor) -> Tensor:
+            with torch.no_grad():
+                return autoencoder.encode(images.to(self.device))
+
+        return encode, digest.hexdigest()
 
     def condition(self, batch: Batch) -> Condition:
         """Features of the captions, with caption dropout by position."""

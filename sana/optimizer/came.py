@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from sana.optimizer.local import local
+
 # Elements that are updated in one go. Small tensors of one shape are stacked up to here, because a step of a
 # small network is otherwise all call overhead; larger ones go alone, so that a step needs the temporaries of
 # one tensor.
@@ -109,14 +111,14 @@ class CAME(Optimizer):
 
         def average(name: str, new: Tensor, beta: float) -> Tensor:
             """Average `new` into a statistic; returns it like `new`."""
-            kept = [_local(state[name]).view(new.shape[1:]) for state in states]
+            kept = [local(state[name]).view(new.shape[1:]) for state in states]
             stack = _stack(kept).lerp_(new, 1 - beta)
             if len(kept) > 1:
                 torch._foreach_copy_(kept, list(stack.unbind()))
             return stack
 
         def factors(square: Tensor, suffix: str, eps: float, beta: float) -> tuple[Tensor, Tensor]:
-            """Average the means of `square` in; (r / mean(r))^-1/2, (k, out, 1), and c^-1/2, (k, 1, in), out."""
+            """Average in the means; returns (r / mean(r))^-1/2, (k, out, 1), and c^-1/2, (k, 1, in)."""
             out = params[0].shape[0]  # of the whole tensor, not of the shard
             row = average("row" + suffix, square.mean(2).add_(eps), beta)
             column = average("column" + suffix, reduce(square.sum(1)).div_(out).add_(eps), beta)
@@ -141,7 +143,7 @@ class CAME(Optimizer):
             )
             direction = torch.mul(momentum, by_row, out=update).mul_(by_column)
         for p, d in zip(params, direction, strict=True):
-            weight = _local(p)
+            weight = local(p)
             if group["weight_decay"] > 0:
                 weight.mul_(1 - group["lr"] * group["weight_decay"])
             weight.add_(d.view(weight.shape), alpha=-group["lr"])
@@ -209,16 +211,12 @@ def _stacks(params: list[Tensor]) -> Iterator[list[Tensor]]:
             yield same[first : first + size]
 
 
-def _local(x: Tensor) -> Tensor:
-    return x.to_local() if isinstance(x, DTensor) else x
-
-
 def _gradient(p: Tensor) -> Tensor:
     if p.grad is None or p.grad.is_sparse:
         raise ValueError(
             f"CAME takes dense gradients only, got another for a parameter of shape {tuple(p.shape)}"
         )
-    return _local(p.grad).to(torch.float32)
+    return local(p.grad).to(torch.float32)
 
 
 def _working(x: Tensor, factored: bool) -> Tensor:

@@ -8,6 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+
+from sana.optimizer.local import local
 
 
 class EMA:
@@ -45,7 +48,12 @@ class EMA:
         return [(name, p) for name, p in self.module.named_parameters() if p.requires_grad]
 
     def _parameters(self) -> list[Tensor]:
-        """The live parameters in the order of the shadow."""
+        """The live parameters in the order of the shadow, as shards where the module is sharded."""
+        for part in self.module.modules():
+            if isinstance(part, FSDPModule):
+                # After a forward without backward FSDP2 keeps its root gathered: the gathered copy would be
+                # found instead of the shard, and would be stale after a swap.
+                part.reshard()
         live = dict(self.module.named_parameters())
         missing = [name for name in self.shadow if name not in live]
         if missing:
@@ -71,15 +79,14 @@ class EMA:
                 "EMA.update within EMA.applied would average the average; leave the context first"
             )
         weight = 1 - self.current_decay()
-        shadow = list(self.shadow.values())
-        live = [p.to(s.dtype) for p, s in zip(self._parameters(), shadow, strict=True)]
+        shadow = [local(s) for s in self.shadow.values()]
+        live = [local(p).to(s.dtype) for p, s in zip(self._parameters(), shadow, strict=True)]
         torch._foreach_lerp_(shadow, live, weight)
         self.updates += 1
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Within the context the module computes with the average (rounded to its dtype); then it is as
-        before.
+        """Within the context the module computes with the average (rounded to its dtype), then as before.
 
         Raises:
             RuntimeError: the contexts are nested.
@@ -87,13 +94,14 @@ class EMA:
         if self._applied:
             raise RuntimeError("EMA.applied is already in effect; it does not nest")
         with torch.no_grad():
-            live = self._parameters()
-            kept = [p.detach().clone() for p in live]
-            torch._foreach_copy_(live, list(self.shadow.values()))
+            live = [local(p) for p in self._parameters()]
+            kept = [p.clone() for p in live]
+            torch._foreach_copy_(live, [local(s) for s in self.shadow.values()])
         self._applied = True
         try:
             yield
         finally:
+            self._parameters()  # drops what a forward within the context has gathered
             with torch.no_grad():
                 torch._foreach_copy_(live, kept)
             self._applied = False

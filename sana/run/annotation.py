@@ -20,6 +20,7 @@ BUILT = {
     "device",
     "Optimizer",
 }  # only a `_target_` can make one of these
+NAMED = (ast.Name, ast.Attribute)
 TEXT = {"str", "Path", "PathLike"}
 
 
@@ -49,6 +50,16 @@ def fits(annotation: ast.expr | None, value: Any) -> bool:
             items = list(inside.elts) if isinstance(inside, ast.Tuple) else [inside]
             return _fits_generic(name, items, value)
     return True
+
+
+def takes_mapping(annotation: ast.expr | None) -> bool:
+    """Whether a plain mapping may be what is meant; not so for names that are not known here."""
+    if annotation is None:
+        return True
+    names = {
+        n.id if isinstance(n, ast.Name) else n.attr for n in ast.walk(annotation) if isinstance(n, NAMED)
+    }
+    return bool(names & (MAPPINGS | {"Any", "object"}))
 
 
 def _fits_name(name: str, value: Any) -> bool:

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,6 +32,8 @@ from sana.run.error import ConfigError
 from sana.run.groups import CONF, list_groups, list_options
 
 Key = tuple[str | int, ...]
+ABSENT: Any = object()
+REFERENCE = re.compile(r"\$\{[\w.\[\]]+\}")  # all of a value is one reference to another key
 
 
 @dataclass(frozen=True)
@@ -71,18 +74,23 @@ class Composed:
         path = show(key)
         for text in reversed(self.overrides):
             name = parse_override(text).key_or_group
-            if path == name or path.startswith(name + "."):
+            if path == name or path.startswith(name + ".") or name.startswith(path + "."):
                 return f"command line: {text}"
         while key:
             for package, file in reversed(self._files):
-                if _holds(file, package, key):
-                    return _shown_file(file)
+                if _written(file, package, key) is not ABSENT:
+                    return file.relative_to(CONF.parent).as_posix()
             key = key[:-1]
         return f"conf/{self.entry}.yaml"
 
+    def written(self, key: Key) -> Any:
+        """What the files say for a key, whatever the command line says; None where they do not have it."""
+        values = (_written(file, package, key) for package, file in reversed(self._files))
+        return next((value for value in values if value is not ABSENT), None)
+
     @cached_property
     def _files(self) -> list[tuple[str, Path]]:
-        with _hydra() as loader:
+        with hydra_over_conf() as loader:
             found = loader.compute_defaults_list(self.entry, list(normalise(self.overrides)), RunMode.RUN)
         return [
             (default.package or "", CONF / f"{default.config_path}.yaml")
@@ -97,8 +105,11 @@ def compose(entry: str, overrides: Sequence[str] = ()) -> Composed:
     Raises:
         ConfigError: a group or option that does not exist, or text that cannot be read; one line.
     """
+    for override in map(parse_override, overrides):
+        if override.is_sweep_override():
+            raise ConfigError(f"{override.input_line}: several values need -m; a list is written key=[a,b]")
     texts = normalise(overrides)
-    with _hydra():
+    with hydra_over_conf():
         config = hydra_compose(entry, list(texts))
     return Composed(entry, config, tuple(overrides))
 
@@ -121,7 +132,9 @@ def parse_override(text: str) -> Override:
     try:
         return OverridesParser.create().parse_override(text)
     except HydraException as error:
-        raise ConfigError(f"{text!r} cannot be read: {one_line(error)}; settings look like key=value") from None
+        raise ConfigError(
+            f"{text!r} cannot be read: {one_line(error)}; settings look like key=value"
+        ) from None
 
 
 def _normalise(override: Override) -> str:
@@ -164,7 +177,7 @@ def _check_option(group: str, name: str) -> None:
 
 
 @contextmanager
-def _hydra() -> Iterator[Any]:
+def hydra_over_conf() -> Iterator[Any]:
     """Hydra's loader over conf/; its errors leave as `ConfigError`."""
     try:
         with initialize_config_dir(str(CONF), job_name="sana", version_base="1.3"):
@@ -208,27 +221,26 @@ def show(key: Key) -> str:
 def one_line(error: BaseException) -> str:
     """The message of an exception in one line, without OmegaConf's trailer of types."""
     lines = [line.strip() for line in str(error).splitlines()]
-    kept = [line for line in lines if line and not line.startswith(("full_key:", "object_type=", "reference_type="))]
+    kept = [
+        line
+        for line in lines
+        if line and not line.startswith(("full_key:", "object_type=", "reference_type="))
+    ]
     kept = [line for line in kept if not line.startswith("To append to your")]
     return "; ".join(kept)[:400] or type(error).__name__
 
 
-def _holds(file: Path, package: str, key: Key) -> bool:
-    node: Any = _read_yaml(file)
+def _written(file: Path, package: str, key: Key) -> Any:
+    """Value of a key in one file whose content belongs at `package`, or ABSENT."""
     prefix = tuple(p for p in package.split(".") if p and p != "_global_")
     if key[: len(prefix)] != prefix:
-        return False
+        return ABSENT
+    node = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
     for part in key[len(prefix) :]:
-        if (isinstance(node, dict) and part in node) or (isinstance(node, list) and isinstance(part, int) and part < len(node)):
-            node = node[part]
-        else:
-            return False
-    return True
-
-
-def _read_yaml(file: Path) -> Any:
-    return yaml.safe_load(file.read_text(encoding="utf-8")) or {}
-
-
-def _shown_file(file: Path) -> str:
-    return file.relative_to(CONF.parent).as_posix()
+        inside = (
+            part in node if isinstance(node, dict) else isinstance(node, list) and part in range(len(node))
+        )
+        if not inside:
+            return ABSENT
+        node = node[part]
+    return node

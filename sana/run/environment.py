@@ -133,6 +133,17 @@ def memory_gib() -> float | None:
     return round(min(limits) / 2**30, 2) if limits else None
 
 
+def fast_precision() -> str:
+    """Lightning's name of the precision that this machine is fast in: "bf16-mixed" where its GPUs, or without GPU its
+    processor, have bf16 arithmetic, else "32-true"."""
+    cards = gpus()
+    if cards:
+        fast = all(float(card.get("compute_cap") or 0) >= 8.0 for card in cards)
+    else:
+        fast = bool(cpu_flags() & {"avx512_bf16", "amx_bf16", "bf16"})
+    return "bf16-mixed" if fast else "32-true"
+
+
 def gpus() -> list[dict[str, str]]:
     """Name, memory and driver of every NVIDIA GPU, asked from the driver's tool so that torch is not needed."""
     if shutil.which("nvidia-smi") is None:

@@ -24,7 +24,7 @@ class Line:
     Attributes:
         name: for the legend; "" for none.
         x, y: points by increasing x; y may be NaN, which leaves a gap.
-        color: name of a CSS colour class of the page: "c1" to "c5", or "t0" to "t9" along a ramp.
+        color: name of a CSS colour class of the page: "c0" to "c6", or "t0" to "t9" along a ramp.
         kind: "line", "faint" (background, such as unsmoothed values) or "dots" (line with points, for few
             values).
     """
@@ -60,7 +60,7 @@ def chart(
     Returns:
         HTML, or "" when no line has a finite value.
     """
-    lines = [_clean(line, log) for line in lines]
+    lines = list(lines) if stacked else [_clean(line, log) for line in lines]
     lines = [line for line in lines if any(math.isfinite(v) for v in line.y)]
     if not lines:
         return ""
@@ -94,36 +94,42 @@ def chart(
             for line in named
         ],
     }
-    legend = "".join(
-        f'<li><i class="{line.color}"></i>{escape(line.name)} <b>{_shown(_last(line), percent)}</b></li>'
-        for line in named
-    )
+    legend = _legend(named, percent)
     note = f" The axis ends at {_tick(high)}; the line goes higher." if clipped else ""
     text = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
     return (
         f'<figure class="chart"><h3>{escape(title)}</h3><ul class="legend">{legend}</ul>'
         f'<div class="plot"><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}. '
-        f'{escape(summary)}"><clipPath id="clip"><rect x="{LEFT}" y="{TOP - 4}" width="{WIDTH - LEFT - RIGHT + 6}" '
-        f'height="{HEIGHT - TOP - BOTTOM + 5}"/></clipPath>{"".join(marks)}<line class="cursor" y1="{TOP}" '
+        f'{escape(summary)}">{"".join(marks)}<line class="cursor" y1="{TOP}" '
         f'y2="{HEIGHT - BOTTOM}"/></svg><div class="tip" hidden></div></div>'
         f'<script type="application/json">{text}</script>'
         f"<figcaption>{escape(caption + note)}</figcaption></figure>"
     )
 
 
-def smooth(y: Sequence[float], span: float) -> list[float]:
-    """Exponential moving average over about `span` values, unbiased at the start.
+def clip_path() -> str:
+    """The clip region that all charts refer to; it stands once in the page."""
+    box = f'x="{LEFT}" y="{TOP - 4}" width="{WIDTH - LEFT - RIGHT + 6}" height="{HEIGHT - TOP - BOTTOM + 5}"'
+    return f'<svg width="0" height="0" aria-hidden="true"><clipPath id="clip"><rect {box}/></clipPath></svg>'
 
-    NaN is skipped, not spread.
+
+def smooth(y: Sequence[float], window: int) -> list[float]:
+    """Mean over about `window` values around each; NaN is skipped.
+
+    The window shrinks on both sides at the start, so that a steep beginning is not dragged along, and on the right
+    side alone at the end, so that the last value is still a mean.
     """
-    decay = 1.0 - 1.0 / max(span, 1.0)
-    total = weight = 0.0
-    out = []
+    n, half = len(y), max(0, window // 2)
+    sums, counts = [0.0], [0]
     for value in y:
-        if math.isfinite(value):
-            total = decay * total + (1 - decay) * value
-            weight = decay * weight + (1 - decay)
-        out.append(total / weight if weight else math.nan)
+        finite = math.isfinite(value)
+        sums.append(sums[-1] + (value if finite else 0.0))
+        counts.append(counts[-1] + finite)
+    out = []
+    for i in range(n):
+        low, high = max(0, i - half), min(n, i + min(half, i) + 1)
+        count = counts[high] - counts[low]
+        out.append((sums[high] - sums[low]) / count if count else math.nan)
     return out
 
 
@@ -142,6 +148,18 @@ def thin(x: Sequence[float], y: Sequence[float], points: int = MAX_POINTS) -> tu
     return [x[i] for i in order], [y[i] for i in order]
 
 
+def common(series: Sequence[tuple[Sequence[float], Sequence[float]]], points: int = 240) -> list[list[float]]:
+    """Bring series of (x, y) to the x that all have, averaged over stretches.
+
+    [x, y_1, y_2, ...] for stacking.
+    """
+    maps = [dict(zip(*s, strict=True)) for s in series]
+    shared = sorted(x for x in set.intersection(*map(set, maps)) if all(math.isfinite(m[x]) for m in maps))
+    size = max(1, math.ceil(len(shared) / points))
+    groups = [shared[i : i + size] for i in range(0, len(shared), size)]
+    return [[g[-1] for g in groups]] + [[sum(m[x] for x in g) / len(g) for g in groups] for m in maps]
+
+
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
     """Round numbers within [low, high], about `count` of them, in steps of 1, 2 or 5 times a power of ten."""
     raw = (high - low) / max(count, 1)
@@ -158,6 +176,16 @@ def log_ticks(low: float, high: float) -> list[float]:
     steps = [m * 10.0**p for p in powers for m in ((1,) if wide else (1, 2, 5))]
     inside = [s for s in steps if low * 0.999 <= s <= high * 1.001]
     return inside[:: math.ceil(len(inside) / 7)] if len(inside) > 7 else inside
+
+
+def _legend(lines: Sequence[Line], percent: bool) -> str:
+    """Swatch, name and last value of every line; a ramp only names its ends."""
+    swatches = [f'<i class="{line.color}" title="{escape(line.name)}"></i>' for line in lines]
+    if len(lines) > 7:
+        return f'<li class="ramp">{escape(lines[0].name)} {"".join(swatches)} {escape(lines[-1].name)}</li>'
+    values = [_shown(_last(line), percent) for line in lines]
+    rows = zip(swatches, lines, values, strict=True)
+    return "".join(f"<li>{swatch}{escape(line.name)} <b>{value}</b></li>" for swatch, line, value in rows)
 
 
 def _clean(line: Line, log: bool) -> Line:
@@ -213,9 +241,7 @@ def _axes(x_low, x_high, low, high, log, percent, px, py) -> list[str]:
     for x in ticks(x_low, x_high, 6):
         if x == int(x):
             anchor = "end" if px(x) > WIDTH - RIGHT - 14 else "middle"
-            marks.append(
-                f'<text x="{px(x):.1f}" y="{HEIGHT - BOTTOM + 17}" text-anchor="{anchor}">{_tick(x)}</text>'
-            )
+            marks.append(f'<text x="{px(x):.1f}" y="{HEIGHT - BOTTOM + 17}" text-anchor="{anchor}">{_tick(x)}</text>')
     marks.append(f'<text class="axis" x="{WIDTH - RIGHT}" y="{HEIGHT - 3}" text-anchor="end">updates</text>')
     return marks
 
@@ -236,9 +262,7 @@ def _path(line: Line, px, py) -> str:
             if math.isfinite(y)
         )
     faint = " faint" if line.kind == "faint" else ""
-    return (
-        f'<g clip-path="url(#clip)"><path class="curve {line.color}{faint}" d="{"".join(pieces)}"/>{dots}</g>'
-    )
+    return f'<g clip-path="url(#clip)"><path class="curve {line.color}{faint}" d="{"".join(pieces)}"/>{dots}</g>'
 
 
 def _area(line: Line, floor: Sequence[float], top: Sequence[float], px, py) -> str:
@@ -271,4 +295,6 @@ def _tick(value: float) -> str:
         return f"{value / 1e6:.4g}M"
     if size >= 1e4:
         return f"{value / 1e3:.4g}k"
+    if size >= 1000:
+        return f"{value:,.0f}"
     return f"{value:.0e}".replace("e-0", "e-") if size < 1e-3 else f"{value:.4g}"

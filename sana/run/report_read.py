@@ -19,7 +19,7 @@ Series = tuple[list[float], list[float]]
 
 @dataclass
 class Frame:
-    """The sample grid of one step: the picture, and which cell is what if `sana.run.grid` wrote it."""
+    """The sample grid of one step: the picture, and which cell is what if `sana.run.sidecar.save_grid` wrote it."""
 
     step: int
     picture: Path
@@ -89,16 +89,12 @@ def _series(path: Path) -> dict[str, Series]:
     values: dict[str, dict[float, float]] = {}
     for row in rows:
         step = row.get("step")
-        if not _number(step) or not math.isfinite(float(step)):
+        if not isinstance(step, int | float) or not math.isfinite(step):
             continue
         for key, value in row.items():
-            if key not in ("step", "time") and _number(value):
+            if key not in ("step", "time") and isinstance(value, int | float) and not isinstance(value, bool):
                 values.setdefault(key, {})[float(step)] = float(value)
-    return {key: tuple(map(list, zip(*sorted(v.items()), strict=True))) for key, v in values.items()}  # type: ignore[misc]
-
-
-def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return {key: ([x for x, _ in sorted(v.items())], [v[x] for x in sorted(v)]) for key, v in values.items()}
 
 
 def _frames(folder: Path) -> list[Frame]:

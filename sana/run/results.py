@@ -1,8 +1,10 @@
-"""results.json: the numbers of one evaluation, with everything they depend on, and a table of them for the console.
+"""results.json: the numbers of one evaluation, with everything they depend on, and a table of them for the
+console.
 
-Keys of the file: `overall`, `tasks` {task: number}, `held_out` and one number per further metric (`fid_scenes`) for
-programs that want a number; `figures`, the same with interval and n; `settings`, what the numbers depend on; `steps`,
-`seconds` and `peak_rss_gib` of training and evaluation together; `commit`; `files`, where images and verdicts lie.
+Keys of the file: `overall`, `tasks` {task: number}, `held_out` and one number per further metric
+(`fid_scenes`) for programs that want a number; `figures`, the same with interval and n; `settings`, what the
+numbers depend on; `steps`, `seconds` and `peak_rss_gib` of training and evaluation together; `commit`;
+`files`, where images and verdicts lie.
 """
 
 from __future__ import annotations
@@ -83,7 +85,7 @@ def results_table(results: Mapping[str, Any]) -> Table:
         table.add_row("held out", *_cells(held_out["overall"], percent=True), "combinations never trained on")
     for name, figure in figures.items():
         if name not in ("tasks", "overall", "held_out"):
-            table.add_row(name, *_cells(figure, percent=False), str(figure.get("feature_space", "")))
+            table.add_row(name, *_cells(figure, percent=False), str(figure.get("feature_space", "")).split(":")[0])
     return table
 
 

@@ -100,7 +100,7 @@ def newest_checkpoint(path: str | Path) -> Path | None:
     return max(found, key=lambda p: (p.stat().st_mtime_ns, p.name), default=None)
 
 
-def find_checkpoint(path: str | Path) -> tuple[Path, Path]:
+def find_checkpoint(path: str | Path, key: str = "ckpt") -> tuple[Path, Path]:
     """The checkpoint that a user names, by its own path or by that of its run, and the run's directory.
 
     Raises:
@@ -108,16 +108,16 @@ def find_checkpoint(path: str | Path) -> tuple[Path, Path]:
     """
     path = Path(path)
     if not path.exists():
-        raise ConfigError(f"ckpt: {path} does not exist; give a checkpoint or the directory of a run")
+        raise ConfigError(f"{key}: {path} does not exist; give a checkpoint or the directory of a run")
     if (path / "status.json").is_file():
         checkpoint = newest_checkpoint(path)
         if checkpoint is None:
-            raise ConfigError(f"ckpt: the run {path} has no checkpoint yet")
+            raise ConfigError(f"{key}: the run {path} has no checkpoint yet")
         return checkpoint, path
     for run in path.resolve().parents:
         if (run / "config.yaml").is_file():
             return path, run
-    raise ConfigError(f"ckpt: {path} lies outside a run; its directory must hold the run's config.yaml")
+    raise ConfigError(f"{key}: {path} lies outside a run; its directory must hold the run's config.yaml")
 
 
 def _state(status: dict[str, Any]) -> str:

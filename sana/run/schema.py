@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import ast
 import difflib
-import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from sana.run.annotation import describe, fits
-from sana.run.compose import Composed, Key, show
+from sana.run.annotation import describe, fits, takes_mapping
+from sana.run.compose import REFERENCE, Composed, Key, show
 from sana.run.error import ConfigError
 from sana.run.groups import list_options
 from sana.run.settings import ELSEWHERE
@@ -23,8 +22,9 @@ from sana.run.signature import Parameter, Signature, UnknownTargetError, all_tar
 SETTINGS = "sana.run.settings"
 SECTIONS = {"train": "Train", "sample": "Sample", "eval": "Eval"}
 OF_HYDRA = {"_target_", "_partial_", "_convert_", "_recursive_"}
-SECTION_TYPES = {"Node", "Nodes", "Run", "Encoder"}
-REFERENCE = re.compile(r"\$\{[\w.\[\]]+\}")
+Problem = tuple[Key, str]  # where, and the line
+CLASSES = {"Run", "Encoder", "Timestep"}  # of sana.run.settings
+SECTION_TYPES = CLASSES | {"Node", "Nodes"}
 
 
 def check(composed: Composed, *, complete: bool = True) -> None:
@@ -37,9 +37,9 @@ def check(composed: Composed, *, complete: bool = True) -> None:
     Raises:
         ConfigError: one line per problem: key, what is wrong, the nearest thing that exists, and the file.
     """
-    problems = list(_Checker(composed, complete).problems())
-    if problems:
-        raise ConfigError("\n".join(problems))
+    lines = _Checker(composed, complete).problems()
+    if lines:
+        raise ConfigError("\n".join(lines))
 
 
 class _Checker:
@@ -47,11 +47,24 @@ class _Checker:
         self.composed, self.complete = composed, complete
         self.keys = [show(key) for key in _leaves(composed.raw)]
 
-    def problems(self) -> Iterator[str]:
+    def problems(self) -> list[str]:
         section = find_signature(f"{SETTINGS}.{SECTIONS[self.composed.entry]}")
-        yield from self.section((), self.composed.raw, self.composed.resolved, section)
+        found = list(self.section((), self.composed.raw, self.composed.resolved, section))
+        wrong = {show(key) for key, _ in found}
+        # A wrong value is reported where it is written, not again where it is referred to.
+        return [line for key, line in found if self.reference(key) not in wrong]
 
-    def section(self, key: Key, raw: Any, value: Any, signature: Signature) -> Iterator[str]:
+    def reference(self, key: Key) -> str | None:
+        """The key that a value is a reference to."""
+        value: Any = self.composed.raw
+        for part in key:
+            if isinstance(value, list) or (isinstance(value, Mapping) and part in value):
+                value = value[part]
+            else:
+                return None
+        return value[2:-1] if isinstance(value, str) and REFERENCE.fullmatch(value) else None
+
+    def section(self, key: Key, raw: Any, value: Any, signature: Signature) -> Iterator[Problem]:
         """A mapping whose keys are stated in `sana.run.settings`."""
         for name in raw:
             at = (*key, name)
@@ -61,9 +74,9 @@ class _Checker:
                 yield from self.setting(at, raw[name], value[name], signature.parameters[name])
         yield from self.missing(key, raw, signature)
 
-    def setting(self, key: Key, raw: Any, value: Any, parameter: Parameter) -> Iterator[str]:
+    def setting(self, key: Key, raw: Any, value: Any, parameter: Parameter) -> Iterator[Problem]:
         names = _names(parameter.annotation)
-        inner = names & {"Run", "Encoder"}
+        inner = names & CLASSES
         if inner and isinstance(value, Mapping):
             yield from self.section(key, raw, value, find_signature(f"{SETTINGS}.{inner.pop()}"))
         elif "Nodes" in names and isinstance(value, Mapping):
@@ -81,12 +94,15 @@ class _Checker:
         else:
             yield from self.value(key, raw, value, parameter)
 
-    def node(self, key: Key, raw: Any, value: Any) -> Iterator[str]:
+    def node(self, key: Key, raw: Any, value: Any) -> Iterator[Problem]:
         """A mapping with `_target_`."""
         if isinstance(raw, str) and REFERENCE.fullmatch(raw):
             return  # checked where it is written
         if not isinstance(value, Mapping) or not isinstance(value.get("_target_"), str):
-            yield self.line(key, "_target_ is missing: the dotted name of what to build")
+            others = [name for name in self.inside_of(key[:-1]) if name != key[-1]]
+            near = difflib.get_close_matches(str(key[-1]), others, 1, 0.6)
+            hint = f"did you mean {show((*key[:-1], near[0]))}?" if near else "the dotted name of what to build"
+            yield self.line(key, f"_target_ is missing; {hint}")
             return
         target = value["_target_"]
         try:
@@ -101,7 +117,7 @@ class _Checker:
             if name in OF_HYDRA:
                 continue
             if home is not None:
-                yield self.line(at, f"is not set here but by {home}")
+                yield self.line(at, f"has no effect here; set {home} instead")
             elif name in signature.parameters:
                 yield from self.value(at, raw[name], value[name], signature.parameters[name])
             elif signature.open and name != "_args_":
@@ -111,13 +127,20 @@ class _Checker:
         if value.get("_partial_") is not True:
             yield from self.missing(key, raw, signature)
 
-    def value(self, key: Key, raw: Any, value: Any, parameter: Parameter) -> Iterator[str]:
+    def value(self, key: Key, raw: Any, value: Any, parameter: Parameter) -> Iterator[Problem]:
         """An argument."""
         if raw == "???":
             if self.complete:
                 yield self.line(key, "has to be given")
+        elif raw == "${run.dir}" and value is None:
+            return  # known when the run's directory is made
         elif isinstance(value, str) and value.startswith("${oc.env:"):
             return  # known only when the run starts
+        elif (
+            isinstance(value, Mapping) and "_target_" not in value and not takes_mapping(parameter.annotation)
+        ):
+            if not isinstance(raw, str):
+                yield self.line(key, f"has no _target_{self.home(key)}")
         elif parameter.annotation is not None and not fits(parameter.annotation, value):
             shown = f"{value!r}"[:80]
             hint = f"; quote it: '{show(key)}=\"{value}\"'" if _wants_text(parameter, value) else ""
@@ -127,7 +150,14 @@ class _Checker:
         else:
             yield from self.inside(key, raw, value)
 
-    def inside(self, key: Key, raw: Any, value: Any) -> Iterator[str]:
+    def home(self, key: Key) -> str:
+        """A hint where a key was a reference before the command line wrote into it."""
+        written = self.composed.written(key)
+        if isinstance(written, str) and REFERENCE.fullmatch(written):
+            return f": it refers to {written[2:-1]}, so set {written[2:-1]}.<key> instead"
+        return ""
+
+    def inside(self, key: Key, raw: Any, value: Any) -> Iterator[Problem]:
         """Nodes at any depth of lists and mappings."""
         if isinstance(raw, str):
             return  # text, or a reference that is checked where it points
@@ -141,34 +171,44 @@ class _Checker:
             for i, item in enumerate(value):
                 yield from self.inside((*key, i), raw[i], item)
 
-    def missing(self, key: Key, raw: Any, signature: Signature) -> Iterator[str]:
+    def missing(self, key: Key, raw: Any, signature: Signature) -> Iterator[Problem]:
         for name, parameter in signature.parameters.items():
             if parameter.required and name not in raw:
                 yield self.line((*key, name), "is missing and has no default")
 
-    def unknown(self, key: Key, raw: Any, signature: Signature) -> Iterator[str]:
+    def unknown(self, key: Key, raw: Any, signature: Signature) -> Iterator[Problem]:
         for leaf in _leaves(raw) or [()]:
-            path = show((*key, *leaf))
             near = self.nearest(key, leaf, signature)
             known = f"known here: {', '.join(signature.parameters) or 'no key at all'}"
-            yield self.line((*key, *leaf), f"unknown key; {f'did you mean {near}?' if near else known}", path)
+            yield self.line((*key, *leaf), f"unknown key; {f'did you mean {near}?' if near else known}")
 
     def nearest(self, key: Key, leaf: Key, signature: Signature) -> str | None:
-        """The existing key that a wrong one most likely means: a sibling, else any key that is spelt alike."""
-        siblings = difflib.get_close_matches(str(key[-1]), list(signature.parameters), 1, 0.6)
-        if siblings and not leaf:
-            return show((*key[:-1], siblings[0]))
-        wrong, names = show((*key, *leaf)), [k for k in self.keys if not k.startswith(show(key))]
-        if siblings:
-            wrong = show((*key[:-1], siblings[0], *leaf))
-        same_end = [k for k in names if k.split(".")[-1] == wrong.split(".")[-1]]
-        found = difflib.get_close_matches(wrong, same_end, 1, 0.3) or difflib.get_close_matches(
-            wrong, names, 1, 0.7
-        )
-        return found[0] if found else show((*key[:-1], siblings[0])) if siblings else None
+        """The existing key that a wrong one most likely means: a sibling, or any key that ends alike."""
+        wrong, home = show((*key, *leaf)), show(key[:-1])
+        siblings = [show((*key[:-1], name)) for name in signature.parameters]
+        if leaf:  # a section is misspelt: repair its name, then look for what is inside
+            near = difflib.get_close_matches(str(key[-1]), list(signature.parameters), 1, 0.6)
+            wrong, siblings = show((*key[:-1], near[0], *leaf)) if near else wrong, []
+        others = [k for k in self.keys if k != show((*key, *leaf)) and not k.startswith(show(key) + ".")]
+        end = wrong.rsplit(".", 1)[-1]
 
-    def line(self, key: Key, what: str, path: str | None = None) -> str:
-        return f"{path or show(key)}: {what} ({self.composed.origin(key)})"
+        def alike(known: str) -> float:
+            ends = difflib.SequenceMatcher(None, end, known.rsplit(".", 1)[-1]).ratio()
+            close = 0.2 if known in siblings or (leaf and known == wrong) else 0.0
+            return ends + close + 0.1 * difflib.SequenceMatcher(None, wrong, known).ratio()
+
+        best = max([*siblings, *others], key=alike, default=home)
+        return best if alike(best) >= 0.8 else None
+
+    def inside_of(self, key: Key) -> list[str]:
+        """Names of the keys in a section."""
+        value: Any = self.composed.resolved
+        for part in key:
+            value = value[part]
+        return [str(name) for name in value] if isinstance(value, Mapping) else []
+
+    def line(self, key: Key, what: str) -> Problem:
+        return key, f"{show(key)}: {what} ({self.composed.origin(key)})"
 
 
 def _leaves(value: Any) -> list[Key]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 Node = Mapping[str, Any]
 Nodes = Mapping[str, Node | None]
@@ -75,6 +75,13 @@ class Train:
 
 
 @dataclass
+class Timestep:
+    """What sampling takes over from training: the flow shift, null for that of the run."""
+
+    shift: float | None = None
+
+
+@dataclass
 class Sample:
     """Keys of conf/sample.yaml.
 
@@ -85,8 +92,10 @@ class Sample:
         n: images of the prompt, at seeds seed, seed + 1, ...
         seed: of the first image.
         size: pixels of a side; null takes the size of training.
-        out: folder of the images; null makes one in the run's directory.
+        out: folder of the images; null is "drawn" in the run's directory.
+        batch_size: images per call of the network.
         device: "auto", or a torch device.
+        precision: of the network.
         weights: the averaged ("ema") or the last ("live") weights of the network.
     """
 
@@ -97,8 +106,11 @@ class Sample:
     seed: int
     size: int | None
     out: str | None
+    batch_size: int
     device: str
-    weights: str
+    precision: Literal["auto", "bf16-mixed", "32-true"]
+    weights: Literal["ema", "live"]
+    timestep: Timestep
     sampler: Node
     quant: Node | None = None
 
@@ -109,20 +121,31 @@ class Eval:
 
     Attributes:
         ckpt: a checkpoint, or the directory of a run, whose newest one is taken.
+        per_task: prompts of each task.
+        held_out: prompts of each task over combinations that training never saw.
+        samples: images per prompt.
         seed: of the prompts and of the noise.
         size: pixels of a side; null takes the size of training.
-        out: folder of the results; null makes one in the run's directory.
+        out: folder of the images; null makes one in the run's directory.
+        batch_size: images per call of the network.
         device: "auto", or a torch device.
+        precision: of the network.
         weights: the averaged ("ema") or the last ("live") weights of the network.
         metric: what to measure, by name.
     """
 
     ckpt: str
+    per_task: int
+    held_out: int
+    samples: int
     seed: int
     size: int | None
     out: str | None
+    batch_size: int
     device: str
-    weights: str
+    precision: Literal["auto", "bf16-mixed", "32-true"]
+    weights: Literal["ema", "live"]
+    timestep: Timestep
     sampler: Node
     metric: Nodes
     quant: Node | None = None

@@ -38,14 +38,15 @@ def cfg(
     always = low == 0 and high == 1
 
     def velocity(x: Float[Tensor, "b *s"], t: Float[Tensor, " b"]) -> Float[Tensor, "b *s"]:
-        inside = (t >= low) & (t <= high)
+        time = align_time(t, x)
+        inside = (time >= low) & (time <= high)
         if conditional is not None and (scale == 1 or not (always or bool(inside.any()))):
             return conditional(x, t)
         c, u = velocity_pair(x, t)
         guided = u + scale * (c - u)
         if always:
             return guided
-        return torch.where(align_time(inside, x), guided, c)
+        return torch.where(inside, guided, c)
 
     return velocity
 

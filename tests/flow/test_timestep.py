@@ -66,7 +66,7 @@ def test_all_of_the_unit_interval_maps_inside_it(distribution, dtype, steps):
     assert t.dtype == dtype
     assert t.shape == u.shape
     assert (t >= 0).all()
-    assert (t < 1).all()
+    assert (t <= 1).all()
     assert (t.diff() >= 0).all()
     if distribution is LogitNormal and steps is None:
         assert t[0] > 0

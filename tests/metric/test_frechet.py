@@ -27,9 +27,7 @@ def scipy_distance(x, y) -> float:
     """The textbook formula with the general matrix square root of scipy."""
     mean, cov = zip(*[(z.mean(0), np.cov(z, rowvar=False)) for z in (x, y)], strict=True)
     root = scipy.linalg.sqrtm(cov[0] @ cov[1])
-    return float(
-        np.sum((mean[0] - mean[1]) ** 2) + np.trace(cov[0]) + np.trace(cov[1]) - 2 * np.trace(root).real
-    )
+    return float(np.sum((mean[0] - mean[1]) ** 2) + np.trace(cov[0]) + np.trace(cov[1]) - 2 * np.trace(root).real)
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
@@ -177,9 +175,7 @@ def test_metric_on_images():
 def test_batch_size_and_order_of_reading_do_not_matter():
     reference, images = blocks(150, 0), blocks(130, 3)
     one = Frechet(scene_features, [reference], SCENE_FEATURES)(images)
-    other = Frechet(
-        scene_features, lambda: reference.reshape(10, 15, 24, 20, 3), SCENE_FEATURES, batch_size=7
-    )(images)
+    other = Frechet(scene_features, lambda: reference.reshape(10, 15, 24, 20, 3), SCENE_FEATURES, batch_size=7)(images)
     assert other["mean"] == pytest.approx(one["mean"], abs=1e-10)
     assert other["interval"] == pytest.approx(one["interval"], abs=1e-10)
 
@@ -203,10 +199,7 @@ def test_metric_refuses_what_does_not_compare():
         Frechet(scene_features, [blocks(100, 0)], SCENE_FEATURES)(noise(100, 0))
     with pytest.raises(ValueError, match=f"50 images for {DIM} feature dimensions"):
         Frechet(scene_features, [blocks(100, 0)], SCENE_FEATURES)(blocks(50, 1))
-    assert (
-        Frechet(scene_features, [blocks(20, 0)], "", allow_small_n=True)(blocks(5, 1))["reference_halves"]
-        is None
-    )
+    assert Frechet(scene_features, [blocks(20, 0)], "", allow_small_n=True)(blocks(5, 1))["reference_halves"] is None
     with pytest.raises(ValueError, match="no images"):
         Frechet(scene_features, [], SCENE_FEATURES)(blocks(50, 1))
     with pytest.raises(ValueError, match="expected uint8"):

@@ -106,7 +106,7 @@ def test_seed_purpose_and_index_each_change_everything(other):
     y = normal(**{**base, **other}, shape=(500,)).flatten()
     n = x.numel()
     assert abs(np.corrcoef(x, y)[0, 1]) < 4 / n**0.5
-    # Independence beyond correlation: the squares, and the joint distribution over a 4 x 4 table of quartiles.
+    # Independence beyond correlation: the squares, and the joint distribution over quartiles.
     assert abs(np.corrcoef(x**2, y**2)[0, 1]) < 4 / n**0.5
     cells = np.histogram2d(x, y, bins=[stats.norm.ppf([0, 0.25, 0.5, 0.75, 1])] * 2)[0]
     assert stats.chisquare(cells.ravel()).pvalue > 1e-4
@@ -121,7 +121,7 @@ def test_neighbouring_elements_and_samples_are_uncorrelated():
 @pytest.mark.parametrize("seed", [0, 1, 123456789012])
 def test_uniform_is_uniform(seed):
     u = uniform(seed, torch.arange(1000), "u", (200,))
-    assert 0 <= u.min()
+    assert u.min() >= 0
     assert u.max() < 1
     assert stats.kstest(u.flatten().double(), "uniform").pvalue > 1e-3
     # One number per sample, the common use, runs over indices instead of over the stream.

@@ -32,9 +32,11 @@ class RMSNorm2d(nn.Module):
         self.bias = nn.Parameter(torch.zeros(width))
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-        inverse = torch.rsqrt(x.float().square().mean(1, keepdim=True) + self.eps)
-        y = (x * inverse).to(x.dtype)
-        return torch.addcmul(self.bias[:, None, None], y, self.weight[:, None, None])
+        # Channels last: contiguous rows for the mean where the map is in that memory format, as in training.
+        pixels = x.movedim(1, -1).to(torch.promote_types(x.dtype, torch.float32))
+        inverse = torch.rsqrt(pixels.square().mean(-1, keepdim=True) + self.eps)
+        y = torch.addcmul(self.bias, pixels * inverse, self.weight)
+        return y.to(x.dtype).movedim(-1, 1)
 
 
 class ResBlock(nn.Module):

@@ -116,7 +116,9 @@ class GemmaEncoder(nn.Module):
         if max_tokens < 2:
             raise ValueError(f"text encoder: max_tokens is {max_tokens}, expected at least 2 (BOS and one token)")
         if cache < 0 or (cache and not trim):
-            raise ValueError(f"text encoder: cache is {cache} and trim {trim}; expected cache >= 0, and trim=true with it")
+            raise ValueError(
+                f"text encoder: cache is {cache} and trim {trim}; expected cache >= 0, and trim=true with it"
+            )
         if model.config._attn_implementation == "sdpa":
             raise ValueError("text encoder: attention 'sdpa' leaves out Gemma-2's logit soft-capping; expected 'eager'")
         if tokenizer.pad_token_id is None:
@@ -191,18 +193,14 @@ class GemmaEncoder(nn.Module):
         length = self.max_tokens if length is None else length
         if not 1 <= length <= self.max_tokens:
             raise ValueError(f"text encoder: null of length {length}, expected 1 to {self.max_tokens}")
-        return Condition(
-            text=self._null[:, :length].expand(b, -1, -1), mask=self._null_mask[:, :length].expand(b, -1)
-        )
+        return Condition(text=self._null[:, :length].expand(b, -1, -1), mask=self._null_mask[:, :length].expand(b, -1))
 
     def _normalise(self, caption: str) -> str:
         if self.lowercase:
             caption = caption.lower()
         return caption.strip() if self.strip else caption
 
-    def _tokenise(
-        self, texts: list[str], prefix: str, longest: bool
-    ) -> tuple[Int[Tensor, "b n"], Bool[Tensor, "b n"]]:
+    def _tokenise(self, texts: list[str], prefix: str, longest: bool) -> tuple[Int[Tensor, "b n"], Bool[Tensor, "b n"]]:
         """Token ids and mask, padded on the right to the longest text or to the whole length."""
         start = self._start if prefix else 1
         tokens = self.tokenizer(

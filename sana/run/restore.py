@@ -1,0 +1,81 @@
+"""The parts of an earlier run, built again for drawing."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+
+from sana.run.build import build
+from sana.run.compose import Composed
+from sana.run.environment import describe_git, fast_precision
+from sana.run.error import ConfigError
+from sana.run.runs import find_checkpoint
+from sana.run.saved import load_saved
+from sana.run.sidecar import file_digest
+
+
+@dataclass(frozen=True)
+class Restored:
+    """A run's recipe with fresh weights, and what drawing with its checkpoint depends on.
+
+    Attributes:
+        module: the recipe, built as it was for training.
+        training: the run's configuration.
+        checkpoint, run: the checkpoint and the directory of its run.
+        device: where to draw.
+        bf16: whether autocast to bf16 is on while drawing.
+    """
+
+    module: Any
+    training: DictConfig
+    checkpoint: Path
+    run: Path
+    device: torch.device
+    bf16: bool
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The precision of drawing."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+
+    def facts(self, composed: Composed) -> dict[str, Any]:
+        """What an image depends on besides prompt and seed, for its sidecar."""
+        sampler = composed.resolved["sampler"]
+        return {
+            "steps": sampler["steps"],
+            "guidance": sampler["guidance"],
+            "sampler": sampler,
+            "weights": composed.config.weights,
+            "quant": composed.resolved["quant"],
+            "precision": "bf16" if self.bf16 else "fp32",
+            "checkpoint": file_digest(self.checkpoint),
+            "commit": (describe_git()[0] or {}).get("commit"),
+        }
+
+
+def restore(composed: Composed) -> Restored:
+    """Build the recipe of the run that `ckpt` leads to; its weights are for `sana.model.load` to put in.
+
+    Args:
+        composed: a sampling or evaluation that passed the check.
+
+    Raises:
+        ConfigError: no such checkpoint or device, or a part of the recipe is not on this machine.
+    """
+    config = composed.config
+    checkpoint, run = find_checkpoint(config.ckpt)
+    training = load_saved(run).config
+    name = "cuda" if config.device == "auto" and torch.cuda.is_available() else config.device
+    try:
+        device = torch.device("cpu" if name == "auto" else name)
+    except RuntimeError:
+        raise ConfigError(f"device: {name!r} is not a device; write cpu, cuda or cuda:1") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device: {name} is not here; this machine has no CUDA device")
+    precision = fast_precision() if config.precision == "auto" else config.precision
+    module = build(training.model, "model")
+    return Restored(module, training, checkpoint, run, device, precision == "bf16-mixed")

@@ -1,0 +1,164 @@
+"""What is ready to run: a command line composed, filled from an earlier run where it refers to one, and checked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import OmegaConf
+
+from sana.run.compose import Composed, compose, masked_environment, parse_override, show
+from sana.run.error import ConfigError
+from sana.run.records import is_first_rank
+from sana.run.runs import find_checkpoint, read_overrides
+from sana.run.schema import check
+
+# Folders that have to be there before the run; other data modules make theirs.
+EXISTING = {"sana.data.module.ShardsData": "folder"}
+
+
+def prepare(entry: str, overrides: Sequence[str] = (), *, rerun: str | Path | None = None) -> Composed:
+    """Compose and check a command line.
+
+    Args:
+        entry: "train", "sample" or "eval".
+        overrides: the command line; sampling and evaluation take what it leaves open from the run of `ckpt`.
+        rerun: directory of a run whose settings come first.
+
+    Raises:
+        ConfigError: whatever the run could not start with, one line per problem.
+    """
+    if rerun is not None:
+        overrides = [*overrides_of(rerun), *overrides]
+    composed = compose(entry, overrides)
+    planned = entry == "train" and composed.config.get("dry_run") is True
+    if entry != "train":
+        composed = fill_from_run(composed)
+    check(composed, complete=not planned)
+    if rerun is not None:
+        _same_as(Path(rerun), composed)
+    if entry == "train" and not planned:
+        _check_places(composed)
+    return composed
+
+
+def overrides_of(run: str | Path) -> list[str]:
+    """The command line of an earlier run without the directory it was told to use.
+
+    Raises:
+        ConfigError: no such run.
+    """
+    if not (Path(run) / "overrides.yaml").is_file():
+        raise ConfigError(f"--rerun: {run} is not the directory of a run (no overrides.yaml)")
+    return [text for text in read_overrides(run) if parse_override(text).key_or_group != "run.dir"]
+
+
+def load_saved(run: str | Path) -> Composed:
+    """The configuration that a run was started with, checked like a fresh one.
+
+    Raises:
+        ConfigError: no config.yaml, or one that this version of the code cannot build.
+    """
+    path = Path(run) / "config.yaml"
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} is not a configuration")
+    saved = Composed("train", OmegaConf.create(content), ())
+    try:
+        check(saved)
+    except ConfigError as error:
+        raise ConfigError("\n".join(f"{path}: {line}" for line in str(error).splitlines())) from None
+    return saved
+
+
+def fill_from_run(composed: Composed) -> Composed:
+    """Sampling and evaluation: take the flow shift, the size and the sampler of training where none is given.
+
+    Raises:
+        ConfigError: `ckpt` is not given or leads to no run.
+    """
+    config = composed.config.copy()
+    if OmegaConf.is_missing(config, "ckpt"):
+        raise ConfigError("ckpt: has to be given: a checkpoint, or the directory of a run")
+    _, run = find_checkpoint(str(config.ckpt))
+    saved = load_saved(run).config
+    OmegaConf.set_struct(config, False)
+    if config.get("size") is None:
+        config.size = saved.size
+    if config.timestep.get("shift") is None:
+        config.timestep.shift = saved.timestep.shift
+    chosen = config.get("sampler")
+    if chosen is None or "_target_" not in chosen:
+        config.sampler = OmegaConf.merge(saved.sampler, chosen or {})
+        if not _set_on_command_line(composed, "sampler.grid.shift"):
+            OmegaConf.update(config, "sampler.grid.shift", "${timestep.shift}")
+    return Composed(composed.entry, config, composed.overrides)
+
+
+def _set_on_command_line(composed: Composed, key: str) -> bool:
+    return any(parse_override(text).key_or_group == key for text in composed.overrides)
+
+
+def _check_places(composed: Composed) -> None:
+    """Folders and files that the run reads, and the directory that it would write into."""
+    values = composed.resolved
+    if values.get("quant") is not None:
+        origin = composed.origin(("quant",))
+        raise ConfigError(
+            f"quant: training is in full precision; quantise for sample.py and eval.py ({origin})"
+        )
+    key = EXISTING.get(values["data"]["_target_"])
+    if key is not None and not Path(values["data"][key]).is_dir():
+        raise ConfigError(
+            f"data.{key}: {values['data'][key]} does not exist; give a folder of WebDataset shards "
+            f"({composed.origin(('data', key))})"
+        )
+    if values["resume"] is not None:
+        find_checkpoint(values["resume"], key="resume")
+    directory = values["run"]["dir"]
+    if (
+        directory is not None
+        and is_first_rank()
+        and Path(directory).is_dir()
+        and any(Path(directory).iterdir())
+    ):
+        raise ConfigError(f"run.dir: {directory} is in use (not empty); choose another, or leave run.dir out")
+
+
+def _same_as(run: Path, composed: Composed) -> None:
+    """A repeated run has the settings of the first, except those that the command line changes and its place."""
+    old = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    before, now = dict(_flat(old)), dict(_flat(composed.resolved))
+    given = [parse_override(text).key_or_group.replace("/", ".") for text in composed.overrides]
+    same = len(read_overrides(run)) == len(given) or given == [
+        parse_override(t).key_or_group.replace("/", ".") for t in overrides_of(run)
+    ]
+    for key in sorted(before.keys() | now.keys()):
+        if key.startswith("run.") or before.get(key) == now.get(key) or not same:
+            continue
+        raise ConfigError(
+            f"--rerun: conf/ is not what it was: {key} was {before.get(key)!r} and would be {now.get(key)!r}; "
+            f"check out the commit in {run / 'environment.json'}"
+        )
+
+
+def _flat(value: Any, key: tuple[str | int, ...] = ()) -> Iterator[tuple[str, Any]]:
+    items = (
+        value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
+    )
+    if not items:
+        yield show(key), value
+        return
+    for name, inner in items:
+        yield from _flat(inner, (*key, name))
+
+
+def to_yaml(composed: Composed) -> str:
+    """Text of config.yaml: resolved, except what reads the environment."""
+    with masked_environment():
+        return yaml.safe_dump(composed.resolved, sort_keys=False, allow_unicode=True, width=110)
