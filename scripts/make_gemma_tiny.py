@@ -164,7 +164,6 @@ def build_model(vocabulary: int, width: int, layers: int) -> Any:
         query_pre_attn_scalar=width // heads,
         max_position_embeddings=4 * MAX_TOKENS,
         sliding_window=4 * MAX_TOKENS,
-        attn_implementation="eager",
         pad_token_id=PAD,
         bos_token_id=BOS,
         eos_token_id=EOS,
@@ -261,7 +260,7 @@ def features(encoder: GemmaEncoder, texts: list[list[str]]) -> dict[str, tuple[T
 
 
 def ridge(x: Tensor, y: Tensor, classes: int, penalty: float = 1e-4) -> tuple[Tensor, Tensor]:
-    """Weight (c, classes) and bias (classes,) of the least-squares fit of one-hot labels y (b,) on features x (b, c)."""
+    """Weight (c, classes) and bias (classes,): least-squares fit of the one-hot labels y (b,) on features x (b, c)."""
     target = F.one_hot(y, classes).double()
     centre, middle = x.mean(0), target.mean(0)
     x = x - centre
@@ -349,6 +348,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--noise", type=float, default=1.0, help="before the heads, in units of the features' RMS")
     parser.add_argument("--heads", type=float, default=1.0, help="weight of the slot losses; 0: language model only")
     parser.add_argument("--scenes", type=int, default=30000, help="training scenes, four captions each")
+    parser.add_argument("--probe", type=int, default=500, help="scenes that the probe is tested on, thrice as many to fit")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
 
@@ -377,7 +377,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "longest_caption": max(map(len, texts)),
         "final_loss": final,
         "seconds": round(seconds, 1),
-        "probe": probe(encoder),
+        "probe": probe(encoder, 3 * args.probe, args.probe),
         "separation": separation(encoder),
     }
     (args.out / "results.json").write_text(json.dumps(results, indent=2) + "\n")

@@ -8,12 +8,12 @@ from typing import Any
 from lightning import Callback, Trainer
 
 from sana.model.generate import Painter
-from sana.run.grid import save_samples
+from sana.run.sidecar import save_grid
 from sana.sampler.guided import Sampler
 
 
 class SampleGrid(Callback):
-    """Draws fixed prompts at fixed seeds with the averaged network and saves ``samples/step_NNNNNN.png``.
+    """Draws fixed prompts at fixed seeds with the averaged network and saves ``samples/step_NNNNNNNN.png``.
 
     Args:
         prompts: one row each.
@@ -56,7 +56,7 @@ class SampleGrid(Callback):
             )
             images = painter.draw(prompts, seeds, self.sampler, self.size, self.size)
         if trainer.is_global_zero:
-            folder = Path(trainer.default_root_dir) / "samples"
-            grid = images.reshape(len(self.prompts), self.per_prompt, *images.shape[1:])
-            weights = "averaged weights" if "network" in recipe.ema else "last weights"
-            save_samples(folder, trainer.global_step, grid, self.prompts, list(range(self.per_prompt)), weights)
+            path = Path(trainer.default_root_dir) / "samples" / f"step_{trainer.global_step:08d}.png"
+            rows = [list(images[k : k + self.per_prompt]) for k in range(0, len(images), self.per_prompt)]
+            title = f"update {trainer.global_step}" + (", averaged weights" if "network" in recipe.ema else "")
+            save_grid(path, rows, self.prompts, [f"seed {n}" for n in range(self.per_prompt)], title)

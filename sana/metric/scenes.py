@@ -24,7 +24,7 @@ from scipy import ndimage
 
 from sana.scenes import COLORS, EXTENT, SHAPES, coverage, relations
 
-QUALITY = 0.78
+QUALITY = 0.79
 """Least soft intersection over union with a template that makes an object a shape."""
 
 SHARP = 0.9

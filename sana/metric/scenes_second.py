@@ -21,11 +21,11 @@ from sana.scenes import COLORS
 DIRECTIONS = 72
 """Rays of a signature; a multiple of 3, 4 and 5, so that the corners of every shape are hit alike."""
 
-WORST = 0.135
+WORST = 0.13
 """Greatest root mean square deviation from a signature, relative to its mean radius, that is still the shape."""
 
-WEAKEST = 0.6
-"""Least strength of a signature's ripple, relative to that of sharp corners."""
+WEAKEST = {"circle": 1.0, "square": 0.8, "triangle": 0.6, "star": 0.35, "cross": 0.45}
+"""Least strength of a signature's ripple, relative to that of sharp corners: blur takes most from fine ones."""
 
 SMALLEST, LARGEST = 10.0, 40.0
 """Extents that a shape can have, in pixels of a 64x64 picture."""
@@ -35,6 +35,10 @@ SPECK = 12.0
 
 FARTHEST = 38.0
 """Greatest CIE76 distance of an object's colour from the one that names it."""
+
+
+GROUND = 22.0
+"""Within this CIE76 distance of the background a pixel belongs to it."""
 
 
 class Find(NamedTuple):
@@ -227,7 +231,7 @@ def _name_shape(outer: np.ndarray, inner: np.ndarray) -> str | None:
     for shape, signature in _SIGNATURES.items():
         # Blur rounds corners off: the ripple of a shape may be weaker than that of its corners, not absent.
         ideal = signature - 1.0
-        strength = np.clip(ripple @ ideal / max(ideal @ ideal, 1e-9), WEAKEST, 1.1)
+        strength = np.clip(ripple @ ideal / max(ideal @ ideal, 1e-9), WEAKEST[shape], 1.1)
         errors[shape] = float(np.sqrt(((ripple - strength * ideal) ** 2).mean()))
     best = min(errors, key=errors.__getitem__)
     if errors[best] > WORST:
@@ -252,11 +256,11 @@ def find(image: np.ndarray) -> list[Find]:
     if np.hypot(ground[1], ground[2]) > 14.0 or not 38.0 <= ground[0] <= 97.0:
         return []
     from_ground = _distance(colors, ground)
-    if (from_ground < 22.0).mean() < 0.5:
+    if (from_ground < GROUND).mean() < 0.5:
         return []
     to_names = np.sqrt(((flat[:, None, :] - _LABS) ** 2).sum(-1)).reshape(h, w, -1)
     label = to_names.argmin(-1)
-    foreground = from_ground > np.minimum(to_names.min(-1), 45.0)
+    foreground = from_ground > np.clip(to_names.min(-1), GROUND, 45.0)
     found = []
     for region in regions(foreground):
         if region.sum() < SPECK * unit**2:

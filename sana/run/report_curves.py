@@ -17,6 +17,7 @@ def curves(series: Mapping[str, Series]) -> str:
     bins = sorted((k for k in series if k[:10] == "val/loss_t" and k[10:].isdigit()), key=lambda k: int(k[10:]))
     tasks = [k for k in ("val/overall", *(f"val/{task}" for task in TASKS)) if k in series]
     known = {"train/loss", "val/loss", "train/grad_norm", "train/lr", "train/samples_per_s", *PARTS, *bins, *tasks}
+    known |= {"train/samples", "time/evaluation"}  # one is a straight line, the other not part of a training step
     others = sorted(k for k in series if k not in known and len(series[k][0]) > 1)
     charts = [
         _loss(series),

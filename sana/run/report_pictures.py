@@ -33,7 +33,7 @@ def grid_over_training(frames: Sequence[Frame]) -> str:
         try:
             with Image.open(frame.picture) as file:
                 picture = file.convert("RGB")
-        except OSError:
+        except (OSError, SyntaxError):
             continue
         row = [f'<div class="step">{"start" if frame.step == 0 else f"{frame.step:,}"}</div>']
         for key in columns:
@@ -77,7 +77,7 @@ def _plain_frames(frames: Sequence[Frame]) -> str:
         try:
             with Image.open(frame.picture) as file:
                 image = file.convert("RGB")
-        except OSError:
+        except (OSError, SyntaxError):
             continue
         picture = tag(image, f"Samples after {frame.step} updates", side=1100)
         figures.append(f"<figure>{picture}<figcaption>after {frame.step:,} updates</figcaption></figure>")
@@ -128,7 +128,7 @@ def from_file(path: str | Path, alt: str) -> str:
     try:
         with Image.open(path) as file:
             return tag(file.convert("RGB"), alt)
-    except OSError:
+    except (OSError, SyntaxError):
         return ""
 
 

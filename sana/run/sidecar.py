@@ -85,7 +85,7 @@ def read_image(path: str | Path, record: Mapping[str, Any] | None = None) -> NDA
     try:
         with Image.open(path) as file:
             image = np.asarray(file.convert("RGB"))
-    except OSError as error:
+    except (OSError, SyntaxError) as error:  # PIL raises either for a broken PNG
         raise ValueError(f"{path}: cannot be read as an image ({error}); delete it and generate it again") from None
     if record is not None and "pixels" in record and record["pixels"] != pixel_digest(image):
         raise ValueError(f"{path}: its pixels are not those of its sidecar; delete both and generate it again")

@@ -27,7 +27,7 @@ def flow_dpm(
         x: state at grid[0]; noise if grid[0] is (nearly) 1.
         grid: decreasing times in [0, 1], from `sana.flow.grid`; it may begin at exactly 1 and end at exactly
             0.
-        order: 2, or 1 for exponential Euler on the data prediction (DDIM).
+        order: 2, or 1, which on this path is Euler's method.
 
     Returns:
         State at grid[-1], the data if that is 0; dtype of x. Between steps the state is at least float32.
@@ -44,16 +44,14 @@ def flow_dpm(
     for k, (t, following) in enumerate(pairwise(times)):
         x0 = state - t * velocity(state.to(x.dtype), time_at(t, state)).to(state.dtype)
         if order == 2 and previous is not None and k < last:
-            # Extrapolate the data prediction to the middle of the step, in lambda: x0 + D1 / 2, D1 = (x0 -
-            # x0') / r.
+            # Extrapolate the data prediction to the middle of the step in lambda: x0 + (x0 - previous) / (2 r).
             r = (_log_snr(t) - previous[0]) / (_log_snr(following) - _log_snr(t))
             target = x0 + (0.5 / r) * (x0 - previous[1])
         else:
             target = x0
-        # x' = (sigma' / sigma) x - alpha' (e^-h - 1) x0; alpha' e^-h = alpha sigma' / sigma has no singular
-        # end.
-        shrink = following / t
-        state = shrink * state + ((1 - following) - (1 - t) * shrink) * target
+        # x' = (sigma' / sigma) x - alpha' (e^-h - 1) x0. On this path the second factor is 1 - t' / t, so
+        # neither end is singular, and a step of first order is one of Euler's.
+        state = target + (following / t) * (state - target)
         previous = (_log_snr(t), x0)
     return state.to(x.dtype)
 

@@ -6,12 +6,13 @@ import math
 
 import pytest
 import torch
+from torch import Tensor
+from transformers import Gemma2Config, Gemma2Model
+
 from sana.encoder.text.gemma import GemmaEncoder
 from sana.encoder.text.gemma_random import byte_tokenizer, gemma_random
 from sana.encoder.text.instruction import SHA256, read_instruction
 from sana.encoder.text.weights import GemmaUnavailableError, load_gemma
-from torch import Tensor
-from transformers import Gemma2Config, Gemma2Model
 
 CAPTIONS = ["a red circle", "", "a blue square left of a ring, far away", "ééé 3 🙂"]
 

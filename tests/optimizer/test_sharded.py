@@ -76,7 +76,7 @@ def worker(rank: int, folder: str) -> None:
     other.load_state_dict(network.state_dict())
     set_optimizer_state_dict(other, resumed, get_optimizer_state_dict(network, optimizer))
     other_ema.load_state_dict(ema.state_dict())
-    # After a forward without backward FSDP2 leaves the root unit gathered; the swap must not leave stale copies.
+    # After a forward without backward FSDP2 leaves the root gathered; the swap must not leave stale copies.
     x = torch.randn(2, 3, 3, 4, generator=torch.Generator().manual_seed(9))
     with torch.no_grad():
         before = network(x)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from sana.encoder.text.gemma import GemmaEncoder
-from sana.encoder.text.instruction import read_instruction
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import Gemma2Config, Gemma2Model, PreTrainedTokenizerFast
+
+from sana.encoder.text.gemma import GemmaEncoder
+from sana.encoder.text.instruction import read_instruction
 
 SanaPipeline = pytest.importorskip("diffusers").SanaPipeline
 

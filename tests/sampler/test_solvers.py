@@ -200,6 +200,12 @@ def test_bad_grids_are_refused(solver, times):
         solver(gaussian, noise(2, 3), torch.tensor(times))
 
 
+@pytest.mark.parametrize("grid", [dpm_grid, euler_grid])
+def test_the_first_order_of_dpm_is_euler_on_the_linear_path(grid):
+    x = noise(3, 2, 5, 7)
+    torch.testing.assert_close(solve_dpm_1(wavy, x, grid(9, 3.0)), euler(wavy, x, grid(9, 3.0)))
+
+
 def test_orders_that_do_not_exist_are_refused():
     with pytest.raises(ValueError, match="order 1 or 2, got 3"):
         flow_dpm(gaussian, noise(2, 3), dpm_grid(4), order=3)

@@ -116,9 +116,7 @@ class GemmaEncoder(nn.Module):
         if max_tokens < 2:
             raise ValueError(f"text encoder: max_tokens is {max_tokens}, expected at least 2 (BOS and one token)")
         if cache < 0 or (cache and not trim):
-            raise ValueError(
-                f"text encoder: cache is {cache} and trim {trim}; expected cache >= 0, and trim=true with it"
-            )
+            raise ValueError(f"text encoder: cache is {cache}, trim {trim}; expected cache >= 0, and trim=true with it")
         if model.config._attn_implementation == "sdpa":
             raise ValueError("text encoder: attention 'sdpa' leaves out Gemma-2's logit soft-capping; expected 'eager'")
         if tokenizer.pad_token_id is None:

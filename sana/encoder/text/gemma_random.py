@@ -51,14 +51,13 @@ def gemma_random(
         head_dim=64,
         query_pre_attn_scalar=64,
         max_position_embeddings=4096,
-        attn_implementation="eager",
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = Gemma2Model(config)
+        model: Any = Gemma2Model(config)
     return GemmaEncoder.from_parts(model.to(DTYPES[dtype]), tokenizer, max_tokens, trim=trim)
 
 

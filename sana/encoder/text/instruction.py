@@ -38,8 +38,8 @@ def read_instruction(source: str | None) -> str | None:
         digest = hashlib.sha256(text.encode()).hexdigest()
         if digest != SHA256["diffusers"]:
             raise ValueError(
-                f"instruction 'diffusers': the installed diffusers has another text (SHA-256 {digest[:12]}..., expected "
-                f"{SHA256['diffusers'][:12]}...); released weights need the published one, give it as a file"
+                f"instruction 'diffusers': the installed diffusers has another text (SHA-256 {digest[:12]}, expected "
+                f"{SHA256['diffusers'][:12]}); released weights need the published one, give it as a file"
             )
         return text
     return _from_file(Path(source).expanduser())

@@ -1,4 +1,4 @@
-"""Where Gemma-2 comes from: a folder, the hub's local cache or the hub; one message with the steps when it is not there."""
+"""Where Gemma-2 comes from: a folder, the hub's local cache or the hub; else one message with the steps."""
 
 from __future__ import annotations
 
@@ -53,7 +53,8 @@ def load_gemma(path: str, dtype: torch.dtype) -> tuple[nn.Module, Any]:
                 f"text encoder {path!r}: architecture is {config.model_type!r}, expected 'gemma2' (Gemma-2)"
             )
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_path)
-        model, info = Gemma2Model.from_pretrained(
+        load: Any = Gemma2Model.from_pretrained  # eager: the attention that applies logit soft-capping
+        model, info = load(
             model_path, dtype=dtype, attn_implementation="eager", output_loading_info=True, use_safetensors=True
         )
     except OSError as error:
