@@ -1,4 +1,5 @@
-"""Evaluation: ``python eval.py ckpt=<run or checkpoint> metric=[geneval_scenes,fid]``; ``--help`` lists the rest."""
+"""Evaluation: ``python eval.py ckpt=<run or checkpoint> metric=[geneval_scenes,fid]``; ``--help`` lists the
+rest."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ if TYPE_CHECKING:
 
 
 def evaluate_run(composed: Composed) -> None:
-    """Draw the prompts with a checkpoint, score the images, and write results.json, the table and the report."""
+    """Draw the prompts with a checkpoint, score the images, and write results.json, the table and the
+    report."""
     from rich.console import Console
 
     from sana.model.evaluate import evaluate

@@ -1,4 +1,5 @@
-"""Drawing: ``python sample.py ckpt=<run or checkpoint> prompt="a red circle" n=8``; ``--help`` lists the rest."""
+"""Drawing: ``python sample.py ckpt=<run or checkpoint> prompt="a red circle" n=8``; ``--help`` lists the
+rest."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """``python -m sana.doctor``: is this machine ready, and what to do where it is not.
 
-Every line is OK, WARN (something is slower or not available) or FAIL (training cannot work); the exit code is 1 if
-there is a FAIL. Packages are looked up by their metadata, so the answer comes at once even where one of them cannot be
-imported; only the GPU check imports torch, and only where there is a GPU.
+Every line is OK, WARN (something is slower or not available) or FAIL (training cannot work); the exit code is
+1 if there is a FAIL. Packages are looked up by their metadata, so the answer comes at once even where one of
+them cannot be imported; only the GPU check imports torch, and only where there is a GPU.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import os
 import platform
 import re
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
@@ -53,7 +52,7 @@ class Finding:
 def check_python() -> Iterator[Finding]:
     """Version of Python against pyproject.toml."""
     version = platform.python_version()
-    if sys.version_info >= (3, 11):
+    if Version(version) >= Version("3.11"):
         yield Finding("OK", "python", version)
     else:
         yield Finding("FAIL", "python", f"{version}, 3.11 or newer is needed; make setup PYTHON=python3.12")
@@ -68,8 +67,8 @@ def check_packages() -> Iterator[Finding]:
         if version is None:
             yield Finding("FAIL", requirement.name, "is not installed; run `make setup`")
         elif version in COMPROMISED.get(requirement.name, ()):
-            yield Finding("FAIL", requirement.name, f"{version} was published with malicious code; remove it now, "
-                          "change the passwords and tokens of this machine, and run `make setup`")  # fmt: skip
+            text = "was published with malicious code; remove it, change the passwords and tokens of this machine"
+            yield Finding("FAIL", requirement.name, f"{version} {text}, and run `make setup`")
         elif not requirement.specifier.contains(version, prereleases=True):
             yield Finding("FAIL", requirement.name, f"{version}, needs {requirement.specifier}; run `make setup`")
         else:
@@ -77,7 +76,8 @@ def check_packages() -> Iterator[Finding]:
 
 
 def requirements() -> list[Requirement]:
-    """The project's dependencies from pyproject.toml, or from the installed metadata where that is not at hand."""
+    """The project's dependencies from pyproject.toml, or from the installed metadata where that is not at
+    hand."""
     path = ROOT / "pyproject.toml"
     if path.is_file():
         import tomllib
@@ -89,8 +89,8 @@ def requirements() -> list[Requirement]:
 
 
 def check_torchvision() -> Iterator[Finding]:
-    """torchvision is compiled against a version of torch, which its own metadata states; builds for CUDA and for
-    processors do not mix. A mismatch breaks whatever imports it (torchmetrics, open_clip, clean-fid)."""
+    """torchvision is compiled against a version of torch, which its own metadata states; builds for CUDA and
+    for processors do not mix. A mismatch breaks whatever imports it (torchmetrics, open_clip, clean-fid)."""
     torch, vision = installed("torch"), installed("torchvision")
     if torch is None or vision is None:
         return
@@ -117,8 +117,8 @@ def check_gpu() -> Iterator[Finding]:
     if torch.version.cuda is None:
         yield Finding("FAIL", "gpu", f"{names}: torch {torch.__version__} is built without CUDA; run `make setup`")
     elif not torch.cuda.is_available():
-        yield Finding("FAIL", "gpu", f"{names}: driver {driver} cannot run torch's CUDA {torch.version.cuda}; "
-                      "install a newer driver")  # fmt: skip
+        text = f"driver {driver} cannot run torch's CUDA {torch.version.cuda}; install a newer driver"
+        yield Finding("FAIL", "gpu", f"{names}: {text}")
     else:
         yield Finding("OK", "gpu", f"{names}, driver {driver}, CUDA {torch.version.cuda}")
         old = [card["name"] for card in cards if float(card["compute_cap"]) < 8.0]
@@ -178,7 +178,8 @@ def check_extras() -> Iterator[Finding]:
 
 
 def check_weights() -> Iterator[Finding]:
-    """The gated text encoder: its weights, and a token to fetch them with. The token itself is never shown."""
+    """The gated text encoder: its weights, and a token to fetch them with. The token itself is never
+    shown."""
     cache = Path(os.environ.get("HF_HUB_CACHE") or Path(os.environ.get("HF_HOME", "~/.cache/huggingface")) / "hub")
     found = [p for p in cache.expanduser().glob(f"models--*--{GEMMA}") if any(p.glob("snapshots/*/*.safetensors"))]
     if found:
@@ -188,8 +189,8 @@ def check_weights() -> Iterator[Finding]:
     names = [n for n in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN") if os.environ.get(n)]
     token = names[0] if names else "a stored login" if (home / "token").is_file() else None
     if token is None:
-        yield Finding("WARN", "gemma", f"{GEMMA} is not here and there is no token: accept its licence on the hub and "
-                      "set HF_TOKEN. The published models need it; scenes do not")  # fmt: skip
+        text = "accept its licence on the hub and set HF_TOKEN; published models need it, scenes do not"
+        yield Finding("WARN", "gemma", f"{GEMMA} is not here and there is no token: {text}")
     else:
         yield Finding("WARN", "gemma", f"{GEMMA} is not here; it is fetched at first use with {token}")
 

@@ -1,4 +1,5 @@
-"""The words of the scenes world and their meaning: shapes, colours, relations, prompts, held-out combinations.
+"""The words of the scenes world and their meaning: shapes, colours, relations, prompts, held-out
+combinations.
 
 A leaf like `sana.types`: the generator (`sana.data.synthetic`), the scorers (`sana.metric.scenes`) and the
 tiny text encoder all agree on what is written here, and none of them imports another. Coordinates are
@@ -20,9 +21,11 @@ four objects have no such relation.
 
 from __future__ import annotations
 
+import copy
 import math
 import random
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -228,8 +231,9 @@ def _one(shape: str, color: str | None = None) -> dict[str, Any]:
     return {"class": shape, "count": 1} | ({} if color is None else {"color": color})
 
 
+@cache
 def _all_entries(tag: str, named: bool) -> list[dict[str, Any]]:
-    """Every prompt of a task that names colours (``named``) or that does not, held out or not."""
+    """Every prompt of a task, naming colours or not; cached, so copy before changing one."""
     pairs = [(a, b) for a in SHAPES for b in SHAPES if a != b]
     colored = [(c, d) for c in COLORS for d in COLORS if c != d]
     if tag == "single_object" and not named:
@@ -280,5 +284,5 @@ def eval_prompts(per_task: int, seed: int, held_out: bool = False) -> list[dict[
             pools += [[pool[i] for _, i in order]] if pool else []
         # Position has two pools, with and without colours, and takes from them in turn.
         turns = ((pools[i % len(pools)], i // len(pools)) for i in range(per_task))
-        chosen += [pool[i % len(pool)] for pool, i in turns]
+        chosen += [copy.deepcopy(pool[i % len(pool)]) for pool, i in turns]
     return chosen

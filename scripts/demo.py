@@ -43,7 +43,7 @@ def main() -> None:
     seconds["sample"] = call("sampling", "sample.py", f"ckpt={run}", f"prompt={PROMPT}", "n=8", "seed=0")
     results = ROOT / run / "results.json"
     overall = json.loads(results.read_text())["overall"]
-    print(f"\noverall score {overall['mean']:.3f}; {time.perf_counter() - start:.0f} s in all:", end=" ")
+    print(f"\noverall score {overall:.3f}; {time.perf_counter() - start:.0f} s in all:", end=" ")
     print(", ".join(f"{name} {spent:.0f} s" for name, spent in seconds.items()))
     for name, path in (
         ("report", "report.html"),

@@ -297,14 +297,15 @@ def probe(encoder: GemmaEncoder, fitted: int = 1500, tested: int = 500) -> dict[
     return result
 
 
-def separation(encoder: GemmaEncoder) -> dict[str, float]:
-    """Distances of last-token features over all coloured position prompts, in units of the features' typical norm.
+def separation(encoder: GemmaEncoder, colors: Sequence[str] = tuple(COLORS)) -> dict[str, float]:
+    """Distances of last-token features over all position prompts of two different things in some colours, in units of
+    the features' typical norm.
 
     Returns:
         prompts: how many; nearest: least distance of any two of them; order: least distance of two that have the same
         words in another order; median: of random pairs.
     """
-    things = [(c, s) for c in COLORS for s in SHAPES]
+    things = [(c, s) for c in colors for s in SHAPES]
     keys = [(a, r, b) for a in things for r in scenes.RELATIONS for b in things if a != b]
     texts = [f"{scenes.article(f'{c} {s}')} {r} {scenes.article(f'{d} {u}')}".split() for (c, s), r, (d, u) in keys]
     x = features(encoder, texts)["last"][0]
@@ -348,7 +349,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--noise", type=float, default=1.0, help="before the heads, in units of the features' RMS")
     parser.add_argument("--heads", type=float, default=1.0, help="weight of the slot losses; 0: language model only")
     parser.add_argument("--scenes", type=int, default=30000, help="training scenes, four captions each")
-    parser.add_argument("--probe", type=int, default=500, help="scenes that the probe is tested on, thrice as many to fit")
+    parser.add_argument(
+        "--probe", type=int, default=500, help="scenes to test the probe on; it is fitted on thrice as many"
+    )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
 

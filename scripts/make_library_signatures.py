@@ -1,8 +1,10 @@
-"""Writes sana/run/library_signatures.json: the library names that a configuration may build, and their arguments.
+"""Writes sana/run/library_signatures.json: the library names that a configuration may build, and their
+arguments.
 
     python scripts/make_library_signatures.py
 
-Run it after changing NAMES or upgrading one of the libraries; a test compares the file with what is installed.
+Run it after changing NAMES or upgrading one of the libraries; a test compares the file with what is
+installed.
 """
 
 from __future__ import annotations
@@ -79,7 +81,8 @@ def _render(annotation: Any) -> str:
     if origin is typing.Literal:
         return f"Literal[{', '.join(map(repr, arguments))}]"
     if origin is typing.Union or type(annotation).__name__ == "UnionType":
-        return " | ".join(map(_render, arguments))
+        # Sorted, because typing's caches give equal unions the order of whichever module was imported first.
+        return " | ".join(sorted(set(map(_render, arguments)), key=lambda text: (text == "None", text)))
     if origin.__name__ == "Callable":
         return "Callable"
     return f"{origin.__name__}[{', '.join(map(_render, arguments))}]"

@@ -50,7 +50,7 @@ def _replace_prefix(name: str, table: tuple[tuple[str, str], ...], source: int) 
 def _rename(name: str, source: int) -> str:
     outer = _replace_prefix(name, _PATTERNS, source)
     if outer is None:
-        side = ("ours", "diffusers'")[source]
+        side = ("our", "diffusers'")[source]
         raise ValueError(f"DC-AE weights: {name!r} is no name of {side} layout")
     head = re.match(r"(?:en|de)coder\.[a-z_]+\.\d+\.\d+\.", outer)
     if head is None:

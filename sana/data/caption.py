@@ -1,4 +1,4 @@
-"""Choosing one of several captions of an image, and dropping it.
+"""Choosing one of several captions of an image.
 
 Nothing here draws: the caller passes a uniform number from `sana.ops.random`, so that a sample gets the same
 caption whoever loads it. A rule is called as ``rule(captions, u)`` and gives the caption; its
@@ -19,8 +19,7 @@ class Caption(NamedTuple):
     Attributes:
         source: who wrote it: "prompt", or the name of a captioner.
         text: the description.
-        score: how well it matches the image, 100 times the cosine of CLIP in the published data; None if
-            unknown.
+        score: how well it matches the image, 100 times the cosine of CLIP in the published data; None if unknown.
     """
 
     source: str
@@ -30,8 +29,7 @@ class Caption(NamedTuple):
 
 @dataclass(frozen=True)
 class PowerScore:
-    """``p_i`` proportional to ``score_i^(1 / temperature)`` among scores of at least `threshold` (SANA's
-    code).
+    """``p_i`` proportional to ``score_i^(1 / temperature)`` among scores of at least `threshold` (SANA's code).
 
     If no score reaches the threshold, the best is taken; if there are no scores at all, the caption of the
     source "prompt", or the first. Captions without a score are otherwise not chosen.
@@ -111,9 +109,7 @@ class Proportion:
 
     def __post_init__(self) -> None:
         if not any(self.weights.values()) or not all(w >= 0 for w in self.weights.values()):
-            raise ValueError(
-                f"caption proportions are not negative and not all zero, got {dict(self.weights)}"
-            )
+            raise ValueError(f"caption proportions are not negative and not all zero, got {dict(self.weights)}")
 
     def probabilities(self, captions: Sequence[Caption]) -> list[float]:
         """Probability of each caption; they sum to 1. Captions of one source share its weight.
@@ -132,22 +128,6 @@ class Proportion:
     def __call__(self, captions: Sequence[Caption], u: float) -> Caption:
         """The caption that u in [0, 1) selects; errors as in `probabilities`."""
         return _pick(captions, self.probabilities(captions), u)
-
-
-def drop(text: str, u: float, probability: float) -> str:
-    """The caption, or "" with the given probability, for classifier-free guidance.
-
-    Args:
-        text: the caption.
-        u: uniform number in [0, 1), from another purpose than the choice.
-        probability: in [0, 1]; the published recipes have 0.1.
-
-    Raises:
-        ValueError: the probability is outside [0, 1].
-    """
-    if not 0 <= probability <= 1:
-        raise ValueError(f"the probability of dropping a caption is in [0, 1], got {probability}")
-    return "" if u < probability else text
 
 
 def _check_temperature(temperature: float) -> None:
@@ -181,9 +161,7 @@ def _log(score: float) -> float:
 def _softmax(logits: list[float | None]) -> list[float]:
     """Softmax over the logits that are not None; the others get 0. All -inf counts as equal."""
     highest = max(logit for logit in logits if logit is not None)
-    weights = [
-        0.0 if logit is None else 1.0 if logit == highest else math.exp(logit - highest) for logit in logits
-    ]
+    weights = [0.0 if logit is None else 1.0 if logit == highest else math.exp(logit - highest) for logit in logits]
     return [weight / sum(weights) for weight in weights]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -80,8 +81,7 @@ class ShardsData(LightningDataModule):
         cache_latents: encode every image once before training, with the recipe's `latent_encoder`, and keep the
             latents beside the shards.
         num_workers: loader processes per rank.
-        validation: number of held-out samples for validation losses, from the split "val" if there is one, else from
-            the end of the training shards' order (position stream of its own).
+        validation: number of samples for validation losses, from the split "val" if there is one.
         seed: seed of the order and of caption choice.
     """
 
@@ -141,10 +141,19 @@ class ShardsData(LightningDataModule):
         )
         return self._loader(self.shards, self.latents, batches)
 
+    def validation_shards(self) -> ShardFolder:
+        """The split "val" where it exists, else the training shards."""
+        return ShardFolder(self.folder, "val" if any(self.folder.glob("val-*.tar")) else "train")
+
+    def validation_images(self, batch: int = 256) -> Iterator[np.ndarray]:
+        """All images of the validation split, uint8 (b, H, W, 3) at a time."""
+        shards = self.validation_shards()
+        for first in range(0, len(shards), batch):
+            yield np.stack([shards.image(i) for i in range(first, min(first + batch, len(shards)))])
+
     def validation_batch(self) -> Batch:
-        """A fixed batch for validation losses: from the split "val" where it exists, else training samples."""
-        split = "val" if any(self.folder.glob("val-*.tar")) else "train"
-        shards = ShardFolder(self.folder, split)
+        """A fixed batch for validation losses, from `validation_shards`."""
+        shards = self.validation_shards()
         items = Positions(shards, Order(len(shards), self.seed), None)
         wanted = [items[p] for p in range(min(self.validation, len(shards)))]
         return collate(wanted, seed=self.seed, choice=self.choice)

@@ -24,14 +24,10 @@ def align_time(t: Float[Tensor, " b"] | Float[Tensor, "b f"], x: Float[Tensor, "
         return t.reshape(-1, *(1,) * (x.ndim - 1))
     if t.ndim == 2 and x.ndim >= 3 and t.shape == (x.shape[0], x.shape[2]):
         return t.reshape(t.shape[0], 1, t.shape[1], *(1,) * (x.ndim - 3))
-    raise ValueError(
-        f"t must be (b,) or (b, f) beside x (b, c, f, ...), got t {tuple(t.shape)}, x {tuple(x.shape)}"
-    )
+    raise ValueError(f"t must be (b,) or (b, f) beside x (b, c, f, ...), got t {tuple(t.shape)}, x {tuple(x.shape)}")
 
 
-def linear(
-    x0: Float[Tensor, "b *s"], eps: Float[Tensor, "b *s"], t: Float[Tensor, "b *f"]
-) -> Float[Tensor, "b *s"]:
+def linear(x0: Float[Tensor, "b *s"], eps: Float[Tensor, "b *s"], t: Float[Tensor, "b *f"]) -> Float[Tensor, "b *s"]:
     """Point of the path, ``xt = (1 - t) x0 + t eps``. With t in float32 the result is at least float32."""
     t = align_time(t, x0)
     return (1 - t) * x0 + t * eps

@@ -39,9 +39,7 @@ def _check(shift: float, steps: int | None) -> None:
     if not (shift > 0 and math.isfinite(shift)):
         raise ValueError(f"the flow shift must be positive, got {shift}")
     if steps is not None and steps < 1:
-        raise ValueError(
-            f"steps must be a positive number of time levels, or None for continuous time, got {steps}"
-        )
+        raise ValueError(f"steps must be a positive number of time levels, or None for continuous time, got {steps}")
 
 
 def _place(t: Float[Tensor, "*s"], shift_by: float, steps: int | None) -> Float[Tensor, "*s"]:

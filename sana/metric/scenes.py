@@ -24,8 +24,8 @@ from scipy import ndimage
 
 from sana.scenes import COLORS, EXTENT, SHAPES, coverage, relations
 
-QUALITY = 0.79
-"""Least soft intersection over union with a template that makes an object a shape."""
+QUALITY = {"circle": 0.85, "square": 0.84, "triangle": 0.82, "star": 0.76, "cross": 0.80, "ring": 0.78}
+"""Least soft intersection over union with the template of a shape that gives an object its name."""
 
 SHARP = 0.9
 """An agreement below this one is given a second chance with blurred templates."""
@@ -173,12 +173,17 @@ def _shape(alpha: np.ndarray, x: np.ndarray, y: np.ndarray) -> tuple[float, str,
         shared = np.minimum(alpha, template).sum()
         return float(shared / (area + template.sum() - shared)), shape, cx, cy, 2 * radius
 
-    best = max(agreement(shape, 1.0, 0.0) for shape in SHAPES)
-    if best[0] < SHARP:
-        # Blurred, perhaps: so are the templates then, and as blur moves the outline, the size is free too.
-        tries = ((shape, grow, blur) for shape in SHAPES for grow in (0.94, 1.0, 1.06) for blur in (0.7, 1.4))
-        best = max(best, max(agreement(*case) for case in tries))
-    return best
+    ranked = sorted((agreement(shape, 1.0, 0.0) for shape in SHAPES), reverse=True)
+    if ranked[0][0] >= SHARP:
+        return ranked[0]
+    # Blurred, perhaps: so are the templates then, and as blur moves the outline, the size is free too.
+    tries = [
+        agreement(shape, grow, blur)
+        for _, shape, *_ in ranked[:3]
+        for grow in (0.94, 1.0, 1.06)
+        for blur in (0.7, 1.4)
+    ]
+    return max(ranked[0], *tries)
 
 
 def detect(image: np.ndarray) -> list[Detection]:
@@ -214,29 +219,47 @@ def detect(image: np.ndarray) -> list[Detection]:
     pieces = _pieces(np.where(unexplained, 1.0, alpha), label, dust)
     taken = np.any([np.zeros(label.shape, bool), *pieces], axis=0)
     found = []
-    for mask in pieces:
-        rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-        margin = max(2, round(2 * scale))
-        window = (
-            slice(max(rows[0] - margin, 0), rows[-1] + margin + 1),
-            slice(max(columns[0] - margin, 0), columns[-1] + margin + 1),
-        )
-        inside = mask[window]
-        core = inside & (alpha[window] >= 0.8)
-        color = np.median(pixels[window][core if core.sum() >= dust / 2 else inside], axis=0)
-        distance = _squared(_PALETTE - color)
-        ray = color - plane[window].mean((0, 1))
-        metric = _METRIC @ ray
-        soft = _steep(offset[window] @ metric / max(ray @ metric, 1.0))
-        near = ndimage.binary_dilation(inside, iterations=margin)
-        soft *= near & (inside | ~taken[window])
-        x = np.arange(window[1].start, window[1].start + inside.shape[1]) + 0.5
-        y = np.arange(window[0].start, window[0].start + inside.shape[0]) + 0.5
-        quality, shape, cx, cy, size = _shape(soft, x, y)
-        known = quality >= QUALITY and SIZE_RANGE[0] <= size / scale <= SIZE_RANGE[1]
-        name = _NAMES[int(distance.argmin())] if distance.min() <= COLOR_RADIUS**2 else None
-        found.append(Detection(shape if known else None, name, cx, cy, size, quality))
+    for piece in pieces:
+        window = _window(piece, max(2, round(2 * scale)))
+        free = piece[window] | ~taken[window]
+        found.append(_describe(pixels, plane, alpha, piece, free, window, scale))
     return sorted(found, key=lambda d: d.cx)
+
+
+def _window(mask: np.ndarray, margin: int) -> tuple[slice, slice]:
+    """Rows and columns of a mask's box and a margin around it."""
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    return (
+        slice(max(rows[0] - margin, 0), rows[-1] + margin + 1),
+        slice(max(columns[0] - margin, 0), columns[-1] + margin + 1),
+    )
+
+
+def _describe(
+    pixels: np.ndarray,
+    plane: np.ndarray,
+    alpha: np.ndarray,
+    piece: np.ndarray,
+    free: np.ndarray,
+    window: tuple[slice, slice],
+    scale: float,
+) -> Detection:
+    """Colour and shape of one object; ``free`` are the pixels of the window that belong to no other one."""
+    inside, seen, ground = piece[window], pixels[window], plane[window]
+    core = inside & (alpha[window] >= 0.8)
+    color = np.median(seen[core if core.sum() >= DUST / 2 * scale**2 else inside], axis=0)
+    distance = _squared(_PALETTE - color)
+    name = _NAMES[int(distance.argmin())] if distance.min() <= COLOR_RADIUS**2 else None
+    # Alpha once more, along the object's own colour rather than the palette's.
+    ray = color - ground.mean((0, 1))
+    metric = _METRIC @ ray
+    soft = _steep((seen - ground) @ metric / max(ray @ metric, 1.0))
+    soft *= free & ndimage.binary_dilation(inside, iterations=max(2, round(2 * scale)))
+    x = np.arange(window[1].start, window[1].start + inside.shape[1]) + 0.5
+    y = np.arange(window[0].start, window[0].start + inside.shape[0]) + 0.5
+    quality, shape, cx, cy, size = _shape(soft, x, y)
+    known = quality >= QUALITY[shape] and SIZE_RANGE[0] <= size / scale <= SIZE_RANGE[1]
+    return Detection(shape if known else None, name, float(cx), float(cy), float(size), quality)
 
 
 # --- judging ----------------------------------------------------------------------------------------

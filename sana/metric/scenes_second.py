@@ -1,9 +1,10 @@
 """A second opinion on scenes, written apart from `sana.metric.scenes` and by other means.
 
-It shares with the first the vocabulary and what is asked for, and no code that sees or judges: colours are the
-nearest ones in CIE Lab, regions are joined by runs of pixels and union-find, and a shape is its radial signature,
-the distance from the centroid to the outline in 72 directions, compared with signatures computed from corners.
-Where the two disagree, one of them is wrong or the picture is on the edge: agreement is measured in the tests.
+It shares with the first the vocabulary and what is asked for, and no code that sees or judges: colours are
+the nearest ones in CIE Lab, regions are joined by runs of pixels and union-find, and a shape is its radial
+signature, the distance from the centroid to the outline in 72 directions, compared with signatures computed
+from corners. Where the two disagree, one of them is wrong or the picture is on the edge: agreement is
+measured in the tests.
 
 Frozen by digest (`scenes_frozen.json`): no change here once a model has been judged.
 """
@@ -22,10 +23,10 @@ DIRECTIONS = 72
 """Rays of a signature; a multiple of 3, 4 and 5, so that the corners of every shape are hit alike."""
 
 WORST = 0.13
-"""Greatest root mean square deviation from a signature, relative to its mean radius, that is still the shape."""
+"""Greatest root mean square deviation from a signature, in mean radii, that is still the shape."""
 
 WEAKEST = {"circle": 1.0, "square": 0.8, "triangle": 0.6, "star": 0.35, "cross": 0.45}
-"""Least strength of a signature's ripple, relative to that of sharp corners: blur takes most from fine ones."""
+"""Least strength of a signature's ripple, relative to sharp corners: blur takes most from fine ones."""
 
 SMALLEST, LARGEST = 10.0, 40.0
 """Extents that a shape can have, in pixels of a 64x64 picture."""
@@ -54,7 +55,9 @@ class Find(NamedTuple):
 
 # --- colour -----------------------------------------------------------------------------------------
 
-_XYZ = np.array([[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.072175], [0.0193339, 0.119192, 0.9503041]])
+_XYZ = np.array(
+    [[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.072175], [0.0193339, 0.119192, 0.9503041]]
+)
 _WHITE = _XYZ.sum(1)
 
 
@@ -70,11 +73,14 @@ def lab(rgb: np.ndarray) -> np.ndarray:
     """CIE Lab (D65) of sRGB uint8 (..., 3)."""
     ratio = _LIGHT[rgb] @ (_XYZ / _WHITE[:, None]).T
     f = np.where(ratio > 216 / 24389, np.cbrt(ratio), (24389 / 27 * ratio + 16) / 116)
-    return np.stack([116 * f[..., 1] - 16, 500 * (f[..., 0] - f[..., 1]), 200 * (f[..., 1] - f[..., 2])], axis=-1)
+    return np.stack(
+        [116 * f[..., 1] - 16, 500 * (f[..., 0] - f[..., 1]), 200 * (f[..., 1] - f[..., 2])], axis=-1
+    )
 
 
-_NAMES = (*COLORS, "white")  # white is no colour of the scenes: what is nearest to it is a stranger
-_LABS = lab(np.array([*COLORS.values(), (255, 255, 255)], np.uint8))
+_STRANGERS = {"white": (255, 255, 255), "violet": (130, 40, 200)}  # no colours of the scenes, but near some
+_NAMES = (*COLORS, *_STRANGERS)
+_LABS = lab(np.array([*COLORS.values(), *_STRANGERS.values()], np.uint8))
 
 
 def _distance(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -196,9 +202,9 @@ def _sample(field: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
 def _trace(field: np.ndarray, reach: float) -> tuple[np.ndarray, np.ndarray, float, float]:
     """Outer and inner radii in `DIRECTIONS` from the centroid of a field at level one half, and the centroid.
 
-    The inner radius is that where a ray starting outside the object's matter enters it, 0 where it starts inside.
+    The inner radius is where a ray that starts in a hole enters the object, 0 where it starts inside.
     """
-    total = field.sum()
+    total = max(float(field.sum()), 1e-9)
     h, w = field.shape
     cx, cy = field.sum(0) @ (np.arange(w) + 0.5) / total, field.sum(1) @ (np.arange(h) + 0.5) / total
     step = 0.25
@@ -295,7 +301,9 @@ def _describe(
     name = _NAMES[int(far.argmin())] if far.min() <= FARTHEST else None
     # From 0 on the ground to 1 in the object; one half is as far from the one as from the other.
     near = np.pad(part[window], 2)
-    near = np.max([near[i : i + part[window].shape[0], j : j + part[window].shape[1]] for i, j in _DISC], axis=0)
+    near = np.max(
+        [near[i : i + part[window].shape[0], j : j + part[window].shape[1]] for i, j in _DISC], axis=0
+    )
     seen = colors[window] * _SHARPNESS
     a, b = _distance(seen, ground * _SHARPNESS), _distance(seen, color * _SHARPNESS)
     field = a / np.maximum(a + b, 1e-9)
@@ -306,7 +314,12 @@ def _describe(
     extent = max(np.ptp(x), np.ptp(y)) / unit
     shape = _name_shape(outer, inner) if SMALLEST <= extent <= LARGEST else None
     return Find(
-        shape, name if name != "white" else None, float(x.min()), float(y.min()), float(x.max()), float(y.max())
+        shape,
+        name if name in COLORS else None,
+        float(x.min()),
+        float(y.min()),
+        float(x.max()),
+        float(y.max()),
     )
 
 
@@ -316,10 +329,12 @@ def _describe(
 def _stands(a: Find, b: Find, relation: str) -> bool:
     """GenEval's rule: beyond a tenth of the summed extents, within 60 degrees of the axis."""
     offset = []
-    for low, high in ((0, 2), (1, 3)):
-        one, other = (a[2 + low], a[2 + high]), (b[2 + low], b[2 + high])
-        gap = (sum(one) - sum(other)) / 2
-        slack = 0.1 * (one[1] - one[0] + other[1] - other[0])
+    for a_low, a_high, b_low, b_high in (
+        (a.left, a.right, b.left, b.right),
+        (a.top, a.bottom, b.top, b.bottom),
+    ):
+        gap = (a_low + a_high - b_low - b_high) / 2
+        slack = 0.1 * (a_high - a_low + b_high - b_low)
         offset.append(0.0 if abs(gap) <= slack else gap - math.copysign(slack, gap))
     along = {"left of": -offset[0], "right of": offset[0], "above": -offset[1], "below": offset[1]}[relation]
     return along > 0.5 * math.hypot(*offset)
@@ -339,10 +354,15 @@ def second(image: np.ndarray, metadata: Mapping[str, Any]) -> tuple[bool, str]:
     entries = list(enumerate(metadata["include"]))
     for i, wanted in sorted(entries, key=lambda e: "color" not in e[1]):  # the choosy ones first
         mine = [
-            f for f in left if f.shape == wanted["class"] and ("color" not in wanted or f.color == wanted["color"])
+            f
+            for f in left
+            if f.shape == wanted["class"] and ("color" not in wanted or f.color == wanted["color"])
         ]
         if len(mine) < wanted["count"]:
-            return False, f"{wanted['count']} {wanted.get('color', '')} {wanted['class']} wanted, {len(mine)} there"
+            return (
+                False,
+                f"{wanted['count']} {wanted.get('color', '')} {wanted['class']} wanted, {len(mine)} there",
+            )
         taken[i] = mine[: wanted["count"]]
         left = [f for f in left if f not in taken[i]]
     if left:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sana.model.base import Optimisation, OptimizerFactory, Recipe, Schedule
 from sana.model.frozen import Frozen
-from sana.ops.random import normal, uniform
+from sana.ops.random import normal, spread, uniform
 from sana.types import Batch, Condition
 
 
@@ -23,7 +23,7 @@ class ImageModule(Recipe):
         autoencoder: frozen; encode(images (b, 3, H, W) in [-1, 1]) -> scaled latents (b, c, h, w), and decode.
         text_encoder: frozen; encode(list of captions) -> Condition, null(b) -> Condition.
         objective: (velocity function, x0, eps, t) -> losses per sample and frame (b, 1).
-        timestep: maps uniform numbers (b,) in [0, 1) to times (b,) in [0, 1].
+        timestep: maps uniform numbers (b,) in [0, 1) to times (b,) in [0, 1]; the numbers of a batch are evenly spread.
         optimizer, schedule, clip_norm, ema_decay: see `Optimisation`.
         caption_dropout: probability that a caption is replaced by the null embedding.
         null_mask: what a dropped caption attends to: "own" (the null prompt's own tokens) or "caption" (the rows that
@@ -97,7 +97,7 @@ class ImageModule(Recipe):
             t: (b,) fixed times for validation; drawn where None.
         """
         if t is None:
-            t = self.timestep(uniform(self.seed, index, "timestep"))
+            t = self.timestep(spread(self.seed, index, "timestep"))
         eps = normal(self.seed, index, "noise", tuple(x0.shape[1:]))
         return self.objective(lambda xt, time: network(xt, time, condition), x0, eps, t[:, None].to(x0.dtype))
 

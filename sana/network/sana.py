@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 from jaxtyping import Float
@@ -36,7 +36,7 @@ class Sana(nn.Module):
         position: factory of a table added to the tokens, called with width, such as `SinCos2d`; None: no table, place
             comes from the zero padding of Mix-FFN.
         checkpoint_every: recompute the activations of every n-th block in the backward pass; 0: of none.
-        linear: factory of every linear layer; None: nn.Linear in the trunk, and in the blocks what they were built with.
+        linear: factory of every linear layer; None: nn.Linear in the trunk, in the blocks what they name.
 
     Raises:
         ValueError: on settings or inputs that do not fit together.
@@ -67,7 +67,12 @@ class Sana(nn.Module):
             raise ValueError(f"Sana: floor_time with time_scale {time_scale} would leave no time; it needs 1000")
         own = linear or nn.Linear
         injected = {} if linear is None else {"linear": linear}
-        self.in_channels, self.width, self.text_channels, self.patch = in_channels, width, text_channels, patch
+        self.in_channels, self.width, self.text_channels, self.patch = (
+            in_channels,
+            width,
+            text_channels,
+            patch,
+        )
         self.time_scale, self.floor_time, self.checkpoint_every = time_scale, floor_time, checkpoint_every
 
         self.patch_embed = PatchEmbed(in_channels, width, patch, linear=own)
@@ -118,8 +123,9 @@ class Sana(nn.Module):
         may be denoised in many steps from one state. Raises ValueError if a block cannot continue a stream.
         """
         tokens, time, ctx = self._enter(x, t, cond, edits)
-        states = []
-        for tokens, block_state in self._through(tokens, ctx, cond, state):  # noqa: B007
+        text, states = cond if isinstance(cond, Prepared) else self._embed_text(cond), []
+        for i in range(len(self.blocks)):
+            tokens, block_state = self._layer(i, tokens, ctx, text, state)
             states.append(block_state)
         return self.final(tokens, time, ctx.grid).to(x.dtype), tuple(states)
 
@@ -135,12 +141,11 @@ class Sana(nn.Module):
             raise ValueError("features: no layers asked for")
         self._check_layers(layers, "features")
         tokens, _, ctx = self._enter(x, t, cond, NO_EDITS)
-        found = {}
-        for i, (tokens, _) in enumerate(self._through(tokens, ctx, cond, None)):
+        text, found = cond if isinstance(cond, Prepared) else self._embed_text(cond), {}
+        for i in range(max(layers) + 1):
+            tokens, _ = self._layer(i, tokens, ctx, text, None)
             if i in layers:
                 found[i] = tokens
-            if i == max(layers):
-                break
         return found
 
     def flops(self, grid: Grid, text_tokens: int) -> int:
@@ -163,7 +168,7 @@ class Sana(nn.Module):
         p = self.patch
         if c != self.in_channels or h % p or w % p:
             raise ValueError(
-                f"Sana: x is (b, c, f, h, w) = {tuple(x.shape)}; it needs c = {self.in_channels} and h, w divisible by {p}"
+                f"Sana: x (b, c, f, h, w) is {tuple(x.shape)}; it takes c = {self.in_channels}, h, w divisible by {p}"
             )
         if t.shape != (b, f):
             raise ValueError(f"Sana: t is {tuple(t.shape)}; it needs one time per sample and frame, {(b, f)}")
@@ -182,11 +187,13 @@ class Sana(nn.Module):
     def _embed_time(self, t: Tensor, guidance: Tensor | None, dtype: torch.dtype) -> Float[Tensor, "b f d"]:
         time = t.to(torch.promote_types(t.dtype, torch.float32)) * self.time_scale
         if self.floor_time:
-            time = time.floor()
+            time = (time + 2**-10).floor()  # so that fp32's 0.019 * 1000 is 19, not 18.999998
         embedded = self.time_embed(time, dtype)
         if self.guidance_embed is not None:
             if guidance is None:
-                raise ValueError("Sana: guidance_embed is on, but the condition has no guidance; give Condition.guidance (b,)")
+                raise ValueError(
+                    "Sana: guidance_embed is on, but the condition has no guidance; give Condition.guidance (b,)"
+                )
             return embedded + self.guidance_embed(guidance, dtype).unsqueeze(1)
         if guidance is not None:
             raise ValueError("Sana: the condition has a guidance, but the network was built with guidance_embed=False")
@@ -195,23 +202,19 @@ class Sana(nn.Module):
     def _embed_text(self, cond: Condition) -> Float[Tensor, "b l d"]:
         if cond.text.shape[-1] != self.text_channels:
             raise ValueError(
-                f"Sana: caption features have {cond.text.shape[-1]} channels; the network was built for {self.text_channels}"
+                f"Sana: caption features have {cond.text.shape[-1]} channels; the network takes {self.text_channels}"
             )
         return self.text_embed(cond.text.to(self.final.table.dtype))
 
-    def _through(
-        self, tokens: Tensor, ctx: Context, cond: Condition | Prepared, state: State
-    ) -> Iterator[tuple[Float[Tensor, "b n d"], State]]:
-        """Tokens and state after each block."""
-        text = self._embed_text(cond) if isinstance(cond, Condition) else None
-        for i, block in enumerate(self.blocks):
-            text_kv = cond.text_kv[i] if isinstance(cond, Prepared) else None
-            arguments = (tokens, ctx, i, text, text_kv, None if state is None else state[i])
-            if self.checkpoint_every and i % self.checkpoint_every == 0 and torch.is_grad_enabled():
-                tokens, block_state = checkpoint(block, *arguments, use_reentrant=False)
-            else:
-                tokens, block_state = block(*arguments)
-            yield tokens, block_state
+    def _layer(
+        self, i: int, tokens: Tensor, ctx: Context, text: Tensor | Prepared, state: State
+    ) -> tuple[Float[Tensor, "b n d"], State]:
+        """Tokens and state after block i."""
+        raw, kv = (None, text.text_kv[i]) if isinstance(text, Prepared) else (text, None)
+        arguments = (tokens, ctx, i, raw, kv, None if state is None else state[i])
+        if self.checkpoint_every and i % self.checkpoint_every == 0 and torch.is_grad_enabled():
+            return checkpoint(self.blocks[i], *arguments, use_reentrant=False)
+        return self.blocks[i](*arguments)
 
     def _check_layers(self, layers: Collection[int], what: str) -> None:
         wrong = sorted(i for i in layers if not 0 <= i < len(self.blocks))

@@ -37,11 +37,11 @@ class Mixer(Protocol):
 class Cross(Protocol):
     """Attention to the caption."""
 
-    def prepare(self, text: Tensor) -> Tensor:
-        """(b, l, d) -> fused keys and values (b, l, 2 d)."""
+    def keys_values(self, text: Tensor) -> tuple[Tensor, Tensor]:
+        """(b, l, d) -> keys and values, (b, l, d) each."""
         ...
 
-    def __call__(self, x: Tensor, kv: Tensor, mask: Tensor | None) -> Tensor:
+    def __call__(self, x: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """(b, n, d) -> (b, n, d)."""
         ...
 
@@ -94,7 +94,7 @@ class Block(nn.Module):
 
     def prepare(self, text: Float[Tensor, "b l d"]) -> Float[Tensor, "b l 2*d"]:
         """The caption's fused keys and values in this layer, for `forward`'s text_kv."""
-        return self.cross.prepare(text)
+        return torch.cat(self.cross.keys_values(text), dim=-1)
 
     def forward(
         self,
@@ -128,10 +128,13 @@ class Block(nn.Module):
             y, mixer_state = self.mixer.step(y, ctx, mixer_state)
         x = gated_residual(x, gate1, y)
 
-        if text_kv is None:
-            assert text is not None
-            text_kv = self.cross.prepare(text)
-        x = x + self.cross(x, text_kv, ctx.mask)
+        if text_kv is not None:
+            k, v = text_kv.chunk(2, dim=-1)
+        elif text is not None:
+            k, v = self.cross.keys_values(text)
+        else:
+            raise ValueError("Block: neither text nor text_kv is given")
+        x = x + self.cross(x, k, v, ctx.mask)
 
         y, ffn_state = self.ffn.step(modulated_layer_norm(x, shift2, scale2), ctx, ffn_state)
         x = gated_residual(x, gate2, y)

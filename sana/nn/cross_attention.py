@@ -28,7 +28,12 @@ class CrossAttention(nn.Module):
     """
 
     def __init__(
-        self, width: int, heads: int, qk_norm: bool = False, norm_eps: float = 1e-6, linear: Linear = nn.Linear
+        self,
+        width: int,
+        heads: int,
+        qk_norm: bool = False,
+        norm_eps: float = 1e-6,
+        linear: Linear = nn.Linear,
     ):
         super().__init__()
         if width % heads:
@@ -40,22 +45,20 @@ class CrossAttention(nn.Module):
         self.k_norm = RMSNorm(width, norm_eps) if qk_norm else nn.Identity()
         self.proj = linear(width, width)
 
-    def prepare(self, text: Float[Tensor, "b l d"]) -> Float[Tensor, "b l 2*d"]:
-        """Keys (normalised) and values of the caption, fused: they do not depend on x or t, so once per prompt."""
-        kv = self.kv(text)
-        if isinstance(self.k_norm, nn.Identity):
-            return kv
-        k, v = kv.chunk(2, dim=-1)
-        return torch.cat([self.k_norm(k), v], dim=-1)
+    def keys_values(self, text: Float[Tensor, "b l d"]) -> tuple[Float[Tensor, "b l d"], Float[Tensor, "b l d"]]:
+        """Keys (normalised) and values of the caption: they do not depend on x or t, so once per prompt will do."""
+        k, v = self.kv(text).chunk(2, dim=-1)
+        return self.k_norm(k), v
 
     def forward(
-        self, x: Float[Tensor, "b n d"], kv: Float[Tensor, "b l 2*d"], mask: Bool[Tensor, "b l"] | None
+        self,
+        x: Float[Tensor, "b n d"],
+        k: Float[Tensor, "b l d"],
+        v: Float[Tensor, "b l d"],
+        mask: Bool[Tensor, "b l"] | None,
     ) -> Float[Tensor, "b n d"]:
-        """kv from `prepare`; mask True where a caption token may be attended to, None for all."""
-        q, k, v = (
-            part.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            for part in (self.q_norm(self.q(x)), *kv.chunk(2, dim=-1))
-        )
+        """k and v from `keys_values`; mask True where a caption token may be attended to, None for all."""
+        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (self.q_norm(self.q(x)), k, v))
         return self.proj(softmax_attention(q, k, v, mask).transpose(1, 2).flatten(2))
 
     def flops(self, grid: Grid, text_tokens: int) -> int:
@@ -73,13 +76,15 @@ def softmax_attention(
     """softmax(q k' / sqrt(dh)) v over the keys the mask allows; where it allows none, over all of them.
 
     On GPUs a fused kernel, except where a forward derivative is taken, which fused kernels do not have. On CPUs matrix
-    products: torch's fused kernel is slower there, in bf16 its backward pass by a factor of eight (torch 2.15).
+    products in fp32: torch's fused kernel is slower there, in bf16 its backward pass by a factor of eight (torch 2.15).
     """
+    fused = q.is_cuda and forward_ad._current_level < 0
+    dtype = q.dtype if fused else torch.promote_types(q.dtype, torch.float32)
     # A finite penalty, not -inf: exactly zero weight beside any allowed key, and no NaN for a fully masked caption.
-    bias = None if mask is None else torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, -1e4)[:, None, None]
-    if q.is_cuda and forward_ad._current_level < 0:
+    bias = None if mask is None else torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -1e4)[:, None, None]
+    if fused:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
     with torch.autocast(q.device.type, enabled=False):
-        scores = q @ (k * q.shape[-1] ** -0.5).mT
+        scores = q.to(dtype) @ (k.to(dtype) * q.shape[-1] ** -0.5).mT
         weight = (scores if bias is None else scores + bias).softmax(-1)
-        return weight @ v
+        return (weight @ v.to(dtype)).to(q.dtype)

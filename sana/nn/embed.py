@@ -32,7 +32,9 @@ class PatchEmbed(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """Modulated LayerNorm, linear, and tokens back to latents; the linear layer writes a patch as (row, column, channel).
+    """Modulated LayerNorm, linear, and tokens back to latents.
+
+    The linear layer writes a patch as (row, column, channel).
 
     Args:
         width: d.
@@ -74,7 +76,7 @@ class TimeEmbedding(nn.Module):
         self.fc1 = linear(frequencies, width)
         self.fc2 = linear(width, width)
 
-    def forward(self, t: Float[Tensor, "..."], dtype: torch.dtype) -> Float[Tensor, "... d"]:
+    def forward(self, t: Float[Tensor, ...], dtype: torch.dtype) -> Float[Tensor, "... d"]:
         """t in the unit that the network was trained with (SANA 0..1000, Sprint 0..1); dtype of the parameters."""
         with torch.autocast(t.device.type, enabled=False):
             return self.fc2(F.silu(self.fc1(sinusoid(t, self.frequencies).to(dtype))))
@@ -94,7 +96,7 @@ class GuidanceEmbedding(TimeEmbedding):
         super().__init__(width, frequencies, linear)
         self.scale = scale
 
-    def forward(self, t: Float[Tensor, "..."], dtype: torch.dtype) -> Float[Tensor, "... d"]:
+    def forward(self, t: Float[Tensor, ...], dtype: torch.dtype) -> Float[Tensor, "... d"]:
         """t: the guidance scale itself, such as 4.5."""
         return super().forward(t * self.scale, dtype)
 
@@ -175,8 +177,8 @@ class SinCos2d(nn.Module):
         return torch.cat([angle.sin(), angle.cos()], dim=1)
 
 
-def sinusoid(t: Float[Tensor, "..."], channels: int, period: float = 1e4) -> Float[Tensor, "... channels"]:
-    """[cos(t w_k), sin(t w_k)] with w_k = period^(-k / half), k < half = channels / 2; fp32, or float64 for float64 t."""
+def sinusoid(t: Float[Tensor, ...], channels: int, period: float = 1e4) -> Float[Tensor, "... channels"]:
+    """[cos(t w_k), sin(t w_k)] with w_k = period^(-k / half), k < half = channels / 2; in at least fp32."""
     dtype, half = torch.promote_types(t.dtype, torch.float32), channels // 2
     omega = torch.exp(torch.arange(half, device=t.device, dtype=dtype) * (-math.log(period) / half))
     angle = t.to(dtype).unsqueeze(-1) * omega

@@ -35,26 +35,27 @@ def initialise(network: nn.Module) -> None:
             nn.init.normal_(module.table, std=1 / math.sqrt(module.table.shape[1]))
     for module in network.modules():  # the exceptions, after the rule
         if isinstance(module, PatchEmbed):
-            _uniform(module.linear.bias, fan_in=module.linear.weight.shape[1])
+            _as_convolution(module.linear, bias_only=True)
         elif isinstance(module, MixFFN):
             for layer in (module.inverted, module.depthwise, module.point):
-                fan_in = layer.weight[0].numel()
-                _uniform(layer.weight, fan_in)
-                if layer.bias is not None:
-                    _uniform(layer.bias, fan_in)
+                _as_convolution(layer)
+        elif isinstance(module, Modulation):
+            _narrow(module.linear)
         elif isinstance(module, TimeEmbedding | TextEmbedding):
             _narrow(module.fc1)
             _narrow(module.fc2)
             if isinstance(module, GuidanceEmbedding):
-                nn.init.zeros_(module.fc2.weight)
-        elif isinstance(module, Modulation):
-            _narrow(module.linear)
+                nn.init.zeros_(module.fc2.get_parameter("weight"))
+
+
+def _as_convolution(layer: nn.Module, bias_only: bool = False) -> None:
+    weight = layer.get_parameter("weight")
+    bound = 1 / math.sqrt(weight[0].numel())
+    for name, parameter in layer.named_parameters():
+        if name == "bias" or not bias_only:
+            nn.init.uniform_(parameter, -bound, bound)
 
 
 def _narrow(layer: nn.Module) -> None:
-    nn.init.normal_(layer.weight, std=0.02)
-    nn.init.zeros_(layer.bias)
-
-
-def _uniform(parameter: torch.Tensor, fan_in: int) -> None:
-    nn.init.uniform_(parameter, -1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in))
+    nn.init.normal_(layer.get_parameter("weight"), std=0.02)
+    nn.init.zeros_(layer.get_parameter("bias"))

@@ -18,7 +18,7 @@ def flow_matching(
 ) -> Float32[Tensor, "b f"] | Float64[Tensor, "b f"]:
     """Squared error of the velocity, ``mean over c, h, w of (network(xt, t) - (eps - x0))^2``, per frame.
 
-    Not weighted over time (SANA, spec of training): the distribution of t does the weighting. Condition and
+    Not weighted over time, as in SANA: the distribution of t does the weighting. Condition and
     other arguments of the network are bound by the caller.
 
     Args:
@@ -36,9 +36,7 @@ def flow_matching(
     xt = linear(x0, eps, t)
     v = network(xt, t)
     if v.shape != x0.shape:
-        raise ValueError(
-            f"the network returned {tuple(v.shape)} for latents {tuple(x0.shape)}; they must agree"
-        )
+        raise ValueError(f"the network returned {tuple(v.shape)} for latents {tuple(x0.shape)}; they must agree")
     error = _at_least_float32(v) - velocity_target(_at_least_float32(x0), _at_least_float32(eps))
     return error.square().mean(dim=(1, 3, 4))
 

@@ -66,9 +66,7 @@ def _words(
 ) -> tuple[Int[Tensor, "b k"], Int[Tensor, "b k"], Int[Tensor, "b k"], Int[Tensor, "b k"]]:
     """The first ceil(count / 4) blocks of each sample: four words per block, as four tensors (b, blocks)."""
     if index.dtype != torch.int64:
-        raise ValueError(
-            f"index must be int64 (position of each sample in the global stream), got {index.dtype}"
-        )
+        raise ValueError(f"index must be int64 (position of each sample in the global stream), got {index.dtype}")
     blocks = max(1, -(-count // 4))
     if blocks > _WORD:
         raise ValueError(f"{count} numbers per sample is more than a stream holds (2^34)")
@@ -103,9 +101,7 @@ def uniform(
     return _fold([(word >> 8).to(torch.float32) * 2.0**-24 for word in words], shape, count)
 
 
-def normal(
-    seed: int, index: Int[Tensor, " b"], purpose: str, shape: tuple[int, ...] = ()
-) -> Float[Tensor, "b *shape"]:
+def normal(seed: int, index: Int[Tensor, " b"], purpose: str, shape: tuple[int, ...] = ()) -> Float[Tensor, "b *shape"]:
     """Standard normal numbers, float32, |z| < 6.67; arguments and errors as in `uniform`.
 
     Box-Muller over pairs of words, in float64: the radius uses all 32 bits, so that the tails are right, is
@@ -135,9 +131,7 @@ def spread(seed: int, index: Int[Tensor, " b"], purpose: str) -> Float[Tensor, "
     here it depends on the sample's index only. Arguments and errors as in `uniform`.
     """
     if index.dtype != torch.int64:
-        raise ValueError(
-            f"index must be int64 (position of each sample in the global stream), got {index.dtype}"
-        )
+        raise ValueError(f"index must be int64 (position of each sample in the global stream), got {index.dtype}")
     low, high = _key(seed, purpose)
     offset = (high << 32 | low) - (1 << 63)
     turned = index * _GOLDEN + offset

@@ -72,9 +72,7 @@ class CAME(Optimizer):
         if len(eps) != 2 or not all(e > 0 for e in eps):
             raise ValueError(f"CAME takes two positive eps, got {eps}")
         if not lr >= 0 or not weight_decay >= 0 or not clip > 0:
-            raise ValueError(
-                f"CAME needs lr >= 0, weight_decay >= 0 and clip > 0, got {lr}, {weight_decay} and {clip}"
-            )
+            raise ValueError(f"CAME needs lr >= 0, weight_decay >= 0 and clip > 0, got {lr}, {weight_decay} and {clip}")
         # Plain lists survive safe loading of checkpoints and compare equal after it.
         defaults = {
             "lr": lr,
@@ -138,9 +136,7 @@ class CAME(Optimizer):
         update.div_(square_norm.sqrt_().div_(largest).clamp_(min=1.0))
         direction = momentum = average("momentum", update, beta1)
         if factored:
-            by_row, by_column = factors(
-                update.sub_(momentum).square_(), "_instability", eps_instability, beta3
-            )
+            by_row, by_column = factors(update.sub_(momentum).square_(), "_instability", eps_instability, beta3)
             direction = torch.mul(momentum, by_row, out=update).mul_(by_column)
         for p, d in zip(params, direction, strict=True):
             weight = local(p)
@@ -213,9 +209,7 @@ def _stacks(params: list[Tensor]) -> Iterator[list[Tensor]]:
 
 def _gradient(p: Tensor) -> Tensor:
     if p.grad is None or p.grad.is_sparse:
-        raise ValueError(
-            f"CAME takes dense gradients only, got another for a parameter of shape {tuple(p.shape)}"
-        )
+        raise ValueError(f"CAME takes dense gradients only, got another for a parameter of shape {tuple(p.shape)}")
     return local(p.grad).to(torch.float32)
 
 

@@ -39,9 +39,7 @@ class EMA:
         self.updates = 0
         self.shadow = {name: _widened(p) for name, p in self._followed()}
         if not self.shadow:
-            raise ValueError(
-                f"{type(module).__name__} has no parameter that requires a gradient; nothing to average"
-            )
+            raise ValueError(f"{type(module).__name__} has no parameter that requires a gradient; nothing to average")
         self._applied = False
 
     def _followed(self) -> list[tuple[str, nn.Parameter]]:
@@ -57,9 +55,7 @@ class EMA:
         live = dict(self.module.named_parameters())
         missing = [name for name in self.shadow if name not in live]
         if missing:
-            raise ValueError(
-                f"the module no longer has the averaged parameter {missing[0]} ({len(missing)} in all)"
-            )
+            raise ValueError(f"the module no longer has the averaged parameter {missing[0]} ({len(missing)} in all)")
         return [live[name] for name in self.shadow]
 
     def current_decay(self) -> float:
@@ -75,9 +71,7 @@ class EMA:
             RuntimeError: called within `applied`, when the parameters are the average itself.
         """
         if self._applied:
-            raise RuntimeError(
-                "EMA.update within EMA.applied would average the average; leave the context first"
-            )
+            raise RuntimeError("EMA.update within EMA.applied would average the average; leave the context first")
         weight = 1 - self.current_decay()
         shadow = [local(s) for s in self.shadow.values()]
         live = [local(p).to(s.dtype) for p, s in zip(self._parameters(), shadow, strict=True)]

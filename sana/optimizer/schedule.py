@@ -33,18 +33,18 @@ def constant(warmup: int = 0) -> Schedule:
 
 def cosine(warmup: int, total: int, final: float = 0.0) -> Schedule:
     """Linear warm-up as in `constant`, then half a cosine from 1 at n = warmup to `final` at n = total, then
-    `final`.
+    `final`. A run that ends within its warm-up only rises.
 
     Args:
         warmup: updates until the full rate.
-        total: update at which the decay ends; more than warmup.
+        total: update at which the decay ends.
         final: factor at the end, in [0, 1].
 
     Raises:
-        ValueError: total is not above warmup, warmup is negative, or final is outside [0, 1].
+        ValueError: total is not positive, warmup is negative, or final is outside [0, 1].
     """
-    if total <= warmup:
-        raise ValueError(f"a cosine schedule needs total > warmup, got total={total}, warmup={warmup}")
+    if total < 1:
+        raise ValueError(f"a cosine schedule needs a number of updates above 0, got total={total}")
     if not 0 <= final <= 1:
         raise ValueError(f"the final factor of a cosine schedule is in [0, 1], got {final}")
     rise = constant(warmup)

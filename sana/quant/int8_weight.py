@@ -45,9 +45,7 @@ class Int8Linear(nn.Module):
 
     def extra_repr(self) -> str:
         """As of `nn.Linear`."""
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
-        )
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 
 
 @dataclass
@@ -75,9 +73,7 @@ class Report:
         return "\n".join(lines)
 
 
-def int8_weight(
-    module: nn.Module, include: str | Sequence[str] = "*", exclude: str | Sequence[str] = ()
-) -> nn.Module:
+def int8_weight(module: nn.Module, include: str | Sequence[str] = "*", exclude: str | Sequence[str] = ()) -> nn.Module:
     """Replace linear layers by `Int8Linear`, for inference: rounding to nearest, without calibration.
 
     The module is changed in place and returned (a bare `nn.Linear` is replaced); its attribute `quantization`
@@ -117,16 +113,12 @@ def int8_weight(
             continue
         assert isinstance(child, nn.Linear)
         if not child.weight.isfinite().all():
-            raise ValueError(
-                f"the weight of {name or type(child).__name__} is not finite; it cannot be quantised"
-            )
+            raise ValueError(f"the weight of {name or type(child).__name__} is not finite; it cannot be quantised")
         layer = Int8Linear(child).train(child.training)
         report.converted[name] = _relative_error(child.weight.detach(), layer)
         replacement[child] = layer
     if not replacement:
-        raise ValueError(
-            f"{type(module).__name__} has no layer to convert: {report.skipped or 'no matrices'}"
-        )
+        raise ValueError(f"{type(module).__name__} has no layer to convert: {report.skipped or 'no matrices'}")
 
     for child, layer in replacement.items():
         for name in names[child]:

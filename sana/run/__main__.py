@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from sana.run.error import ConfigError
@@ -27,21 +29,25 @@ def main() -> int:
         print(error, file=sys.stderr)
         return 2
     table = Table(box=None, header_style="bold", pad_edge=False)
-    for column in ("run", "status", "step", "loss", "time", "commit", "overrides"):
-        table.add_column(column, overflow="fold")
+    for column in ("run", "status", "step", "loss", "time", "commit"):
+        table.add_column(column, no_wrap=True)
+    table.add_column("settings", overflow="fold")
     for row in rows:
         loss = row["metrics"].get("train/loss")
-        state = row["status"] if row["reason"] is None else f"{row['status']}: {row['reason']}"
+        state = row["status"] if row["reason"] is None else f"{row['status']}: {row['reason'][:60]}"
         table.add_row(
-            row["path"],
-            f"[{COLOURS.get(row['status'], 'yellow')}]{state.replace('[', chr(92) + '[')}[/]",
+            escape(os.path.relpath(row["path"], arguments.folder)),
+            f"[{COLOURS.get(row['status'], 'yellow')}]{escape(state)}[/]",
             "" if row["step"] is None else str(row["step"]),
             f"{loss:.4g}" if isinstance(loss, float) else "",
             _duration(row["seconds"]),
             (row["commit"] or "")[:8] + ("+" if row["dirty"] else ""),
-            " ".join(row["overrides"]).replace("[", "\\["),
+            escape(" ".join(text for text in row["overrides"] if not text.startswith("run."))),
         )
-    Console().print(table)
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=200)  # into a file or a pipe: whole lines, whatever the default width is
+    console.print(table)
     return 0
 
 

@@ -29,8 +29,8 @@ def saved_bytes(
 ) -> int:
     """Bytes of activations that live between forward and backward of one micro-batch.
 
-    Two shallow copies of the network are run to tell what one block saves from what the rest does; a recomputed block
-    keeps its input only, and one of them is whole at a time.
+    Two shallow copies of the network are run to tell what one block saves from what the rest does; a
+    recomputed block keeps its input only, and one of them is whole at a time.
 
     Args:
         network: depth -> network of that depth without recomputation.

@@ -1,6 +1,7 @@
 """Whether a value written in YAML fits a parameter's annotation, decided on the annotation's syntax alone.
 
-Only what YAML can express is judged: numbers, strings, booleans, null, lists and mappings. Names that are not known
+Only what YAML can express is judged: numbers, strings, booleans, null, lists and mappings. Names that are not
+    known
 here (a project's own classes and aliases) accept anything.
 """
 
@@ -33,8 +34,9 @@ def parse_annotation(text: str) -> ast.expr | None:
 
 
 def fits(annotation: ast.expr | None, value: Any) -> bool:
-    """Whether `value` is of the annotated type; ints are floats, booleans are not ints, and a missing or unknown
-    annotation takes everything. A mapping with `_target_` fits everywhere: what it makes is not known yet."""
+    """Whether `value` is of the annotated type; ints are floats, booleans are not ints, and a missing or
+    unknown annotation takes everything. A mapping with `_target_` fits everywhere: what it makes is not known
+    yet."""
     if annotation is None or (isinstance(value, Mapping) and "_target_" in value):
         return True
     match annotation:
@@ -56,9 +58,7 @@ def takes_mapping(annotation: ast.expr | None) -> bool:
     """Whether a plain mapping may be what is meant; not so for names that are not known here."""
     if annotation is None:
         return True
-    names = {
-        n.id if isinstance(n, ast.Name) else n.attr for n in ast.walk(annotation) if isinstance(n, NAMED)
-    }
+    names = {n.id if isinstance(n, ast.Name) else n.attr for n in ast.walk(annotation) if isinstance(n, NAMED)}
     return bool(names & (MAPPINGS | {"Any", "object"}))
 
 
@@ -86,8 +86,7 @@ def _fits_generic(name: str, items: list[ast.expr], value: Any) -> bool:
     if name == "Literal":
         # 1 == True in Python, but not in a recipe.
         return any(
-            isinstance(item, ast.Constant) and item.value == value and type(item.value) is type(value)
-            for item in items
+            isinstance(item, ast.Constant) and item.value == value and type(item.value) is type(value) for item in items
         )
     if name == "Optional":
         return value is None or fits(items[0], value)

@@ -1,4 +1,5 @@
-"""From a command line to a composed configuration: Hydra's composition with this project's rules and messages.
+"""From a command line to a composed configuration: Hydra's composition with this project's rules and
+messages.
 
 * Values may be set with or without ``+``; `sana.run.schema` decides what exists, so both are refused alike.
 * A group's option is checked against the files in conf/ before Hydra sees it.
@@ -57,7 +58,8 @@ class Composed:
 
     @cached_property
     def resolved(self) -> Any:
-        """The configuration as nested dictionaries, interpolations resolved except those that read the environment.
+        """The configuration as nested dictionaries, interpolations resolved except those that read the
+        environment.
 
         Raises:
             ConfigError: a reference to something that is not there, with its key and file.
@@ -115,7 +117,8 @@ def compose(entry: str, overrides: Sequence[str] = ()) -> Composed:
 
 
 def normalise(overrides: Sequence[str]) -> tuple[str, ...]:
-    """The command line as Hydra shall read it: groups checked, values set whether or not they were there before.
+    """The command line as Hydra shall read it: groups checked, values set whether or not they were there
+    before.
 
     Raises:
         ConfigError: unreadable text, or no such group or option.
@@ -132,9 +135,7 @@ def parse_override(text: str) -> Override:
     try:
         return OverridesParser.create().parse_override(text)
     except HydraException as error:
-        raise ConfigError(
-            f"{text!r} cannot be read: {one_line(error)}; settings look like key=value"
-        ) from None
+        raise ConfigError(f"{text!r} cannot be read: {one_line(error)}; settings look like key=value") from None
 
 
 def _normalise(override: Override) -> str:
@@ -180,9 +181,11 @@ def _check_option(group: str, name: str) -> None:
 def hydra_over_conf() -> Iterator[Any]:
     """Hydra's loader over conf/; its errors leave as `ConfigError`."""
     try:
+        if GlobalHydra.instance().is_initialized():  # inside a sweep
+            yield GlobalHydra.instance().config_loader()
+            return
         with initialize_config_dir(str(CONF), job_name="sana", version_base="1.3"):
-            loader = GlobalHydra.instance().config_loader()
-            yield loader
+            yield GlobalHydra.instance().config_loader()
     except (HydraException, OmegaConfBaseException) as error:
         cause = error.__cause__ if not str(error) and error.__cause__ else error
         raise ConfigError(one_line(cause)) from None
@@ -221,11 +224,7 @@ def show(key: Key) -> str:
 def one_line(error: BaseException) -> str:
     """The message of an exception in one line, without OmegaConf's trailer of types."""
     lines = [line.strip() for line in str(error).splitlines()]
-    kept = [
-        line
-        for line in lines
-        if line and not line.startswith(("full_key:", "object_type=", "reference_type="))
-    ]
+    kept = [line for line in lines if line and not line.startswith(("full_key:", "object_type=", "reference_type="))]
     kept = [line for line in kept if not line.startswith("To append to your")]
     return "; ".join(kept)[:400] or type(error).__name__
 
@@ -235,12 +234,10 @@ def _written(file: Path, package: str, key: Key) -> Any:
     prefix = tuple(p for p in package.split(".") if p and p != "_global_")
     if key[: len(prefix)] != prefix:
         return ABSENT
-    node = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+    node: Any = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
     for part in key[len(prefix) :]:
-        inside = (
-            part in node if isinstance(node, dict) else isinstance(node, list) and part in range(len(node))
-        )
-        if not inside:
+        try:
+            node = node[part]  # type: ignore[index]
+        except (KeyError, IndexError, TypeError):
             return ABSENT
-        node = node[part]
     return node

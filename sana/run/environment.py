@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import platform
+import resource
 import shutil
 import subprocess
 import sys
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -34,8 +36,8 @@ MAX_DIFF = 5_000_000  # characters; a longer diff is data that was added by acci
 def describe_environment() -> tuple[dict[str, Any], str]:
     """Facts for environment.json, and the text of uncommitted changes ("" where there are none).
 
-    Keys: command, python, platform, host, packages {name: version}, hardware {cpu, cores, memory_gib, gpus}, git
-    {commit, branch, dirty, untracked}. git is None outside a repository.
+    Keys: command, python, platform, host, packages {name: version}, hardware {cpu, cores, memory_gib, gpus},
+    git {commit, branch, dirty, untracked}. git is None outside a repository.
     """
     git, diff = describe_git()
     facts = {
@@ -59,7 +61,8 @@ def installed(name: str) -> str | None:
 
 
 def describe_git() -> tuple[dict[str, Any] | None, str]:
-    """Commit, branch and changes of the repository that this code lies in, and the diff against the commit."""
+    """Commit, branch and changes of the repository that this code lies in, and the diff against the
+    commit."""
     commit = _git("rev-parse", "HEAD")
     if commit is None:
         return None, ""
@@ -122,20 +125,22 @@ def usable_cores() -> int:
 def memory_gib() -> float | None:
     """Memory of the machine or of its container limit, whichever is less, in GiB."""
     limits = []
-    try:
+    with suppress(ValueError, OSError):
         limits.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    except (ValueError, OSError):
-        pass
-    try:
+    with suppress(ValueError, OSError):  # "max" means no limit
         limits.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    except (ValueError, OSError):  # "max" means no limit
-        pass
     return round(min(limits) / 2**30, 2) if limits else None
 
 
+def peak_rss_gib() -> float:
+    """Peak resident memory of this process so far, in GiB."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)
+
+
 def fast_precision() -> str:
-    """Lightning's name of the precision that this machine is fast in: "bf16-mixed" where its GPUs, or without GPU its
-    processor, have bf16 arithmetic, else "32-true"."""
+    """Lightning's name of the precision that this machine is fast in: "bf16-mixed" where its GPUs, or without
+    GPU its processor, have bf16 arithmetic, else "32-true"."""
     cards = gpus()
     if cards:
         fast = all(float(card.get("compute_cap") or 0) >= 8.0 for card in cards)
@@ -145,7 +150,8 @@ def fast_precision() -> str:
 
 
 def gpus() -> list[dict[str, str]]:
-    """Name, memory and driver of every NVIDIA GPU, asked from the driver's tool so that torch is not needed."""
+    """Name, memory and driver of every NVIDIA GPU, asked from the driver's tool so that torch is not
+    needed."""
     if shutil.which("nvidia-smi") is None:
         return []
     fields = ("name", "memory.total", "driver_version", "compute_cap")
@@ -159,7 +165,4 @@ def gpus() -> list[dict[str, str]]:
         )
     except (OSError, subprocess.SubprocessError):
         return []
-    return [
-        dict(zip(fields, map(str.strip, line.split(",")), strict=False))
-        for line in answer.stdout.splitlines()
-    ]
+    return [dict(zip(fields, map(str.strip, line.split(",")), strict=False)) for line in answer.stdout.splitlines()]

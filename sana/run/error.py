@@ -4,5 +4,5 @@ from __future__ import annotations
 
 
 class ConfigError(ValueError):
-    """A setting, file or directory that a run cannot start with. The message is one line per problem: which key or
-    file, what is wrong, what would be right."""
+    """A setting, file or directory that a run cannot start with. The message is one line per problem: which
+    key or file, what is wrong, what would be right."""

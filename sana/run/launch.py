@@ -69,9 +69,7 @@ def read_arguments(entry: str, arguments: Sequence[str]) -> Arguments:
                 raise ConfigError("--rerun needs the directory of a run")
             rerun = word.split("=", 1)[1] if "=" in word else rest.pop(0)
         elif word.startswith("-"):
-            raise ConfigError(
-                f"{word}: no such option; options: {', '.join([*names, '--rerun'])}, settings: key=value"
-            )
+            raise ConfigError(f"{word}: no such option; options: {', '.join([*names, '--rerun'])}, settings: key=value")
         else:
             overrides.append(word)
     return Arguments(tuple(overrides), "help" in flags, "show" in flags, "multirun" in flags, rerun)
@@ -86,7 +84,8 @@ def launch(entry: str, task: Task, arguments: Sequence[str] | None = None) -> in
         arguments: the command line, sys.argv's where None.
 
     Returns:
-        The exit code: 0, 2 for what could not start (one line on stderr), 130 after ctrl-C. Other errors are raised.
+        The exit code: 0, 2 for what could not start (one line on stderr), 130 after ctrl-C. Other errors are
+            raised.
     """
     try:
         given = read_arguments(entry, sys.argv[1:] if arguments is None else arguments)
@@ -133,8 +132,7 @@ def help_text(entry: str) -> str:
     lines += ["", "groups (* is what is chosen now; a model or experiment may choose otherwise):"]
     for group, chosen in groups_of(entry).items():
         options = [
-            f"{o}*" if o == chosen or (isinstance(chosen, list) and o in chosen) else o
-            for o in list_options(group)
+            f"{o}*" if o == chosen or (isinstance(chosen, list) and o in chosen) else o for o in list_options(group)
         ]
         lines.append(f"  {group + '=':22} {', '.join(options)}")
     lines += [
@@ -152,7 +150,8 @@ def help_text(entry: str) -> str:
 
 
 def run_job(entry: str, overrides: Sequence[str]) -> int:
-    """Run an entry point in a process group of its own and wait for it; ctrl-C is passed on. Returns its exit code."""
+    """Run an entry point in a process group of its own and wait for it; ctrl-C is passed on. Returns its exit
+    code."""
     script = Path(__file__).resolve().parents[2] / f"{entry}.py"
     process = subprocess.Popen([sys.executable, str(script), *overrides], start_new_session=True)
     while True:

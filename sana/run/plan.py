@@ -1,13 +1,14 @@
 """``dry_run=true``: what a run would need, on a machine that could not hold it.
 
-The network and the autoencoder are built on the meta device, so parameter counts are exact and cost no memory; the
-optimizer takes one step there, so the bytes of its states are those of the real thing. Activations are what autograd
-saves in a forward pass of fake tensors.
+The network and the autoencoder are built on the meta device, so parameter counts are exact and cost no
+memory; the optimizer takes one step there, so the bytes of its states are those of the real thing.
+Activations are what autograd saves in a forward pass of fake tensors.
 """
 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -43,8 +44,8 @@ class Plan:
         parameters: by part, exact; None where the part's weights are not on this machine.
         devices: processes that share the work.
         sharded: whether weights, gradients and states are split over them.
-        weights, gradients, states, average, frozen: bytes of one full copy; states are the optimizer's, average is
-            the moving average, frozen the encoders.
+        weights, gradients, states, average, frozen: bytes of one full copy; the states of the optimizer, the
+            moving average, and the encoders.
         activations: bytes that autograd saves for one micro-batch on one device.
         batch, micro: samples per update, and per forward pass on one device.
         tokens, text_tokens: per sample.
@@ -95,19 +96,13 @@ def make_plan(composed: Composed) -> Plan:
     devices = _devices(config)
     batch, accumulate = int(config.data.batch_size), int(config.model.accumulate)
     if batch % (devices * accumulate):
-        raise ConfigError(
-            f"data.batch_size: {batch} does not divide by {devices} devices x {accumulate} micro-batches"
-        )
+        raise ConfigError(f"data.batch_size: {batch} does not divide by {devices} devices x {accumulate} micro-batches")
     micro = batch // devices // accumulate
     every = int(config.network.get("checkpoint_every", 0))
     trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
     text = text_parameters(config.encoder.text)
-    low = "bf16" in str(composed.resolved["trainer"].get("precision")) or "16-mixed" in str(
-        config.trainer.precision
-    )
-    shape = Shape(
-        micro, int(config.network.in_channels), side * patch, text_tokens, int(config.network.text_channels)
-    )
+    low = "bf16" in str(composed.resolved["trainer"].get("precision")) or "16-mixed" in str(config.trainer.precision)
+    shape = Shape(micro, int(config.network.in_channels), side * patch, text_tokens, int(config.network.text_channels))
     recomputed = sum(1 for i in range(len(network.blocks)) if every and i % every == 0)
     forward = network.flops(grid, text_tokens)
     share = recomputed / len(network.blocks)
@@ -157,9 +152,7 @@ def _ratio(autoencoder: Any, config: DictConfig) -> int:
         return int(autoencoder.ratio)
     ratio = config.encoder.autoencoder.get("ratio")
     if ratio is None:
-        raise ConfigError(
-            "encoder.autoencoder: its weights are not here, so the size of the latents is not known"
-        )
+        raise ConfigError("encoder.autoencoder: its weights are not here, so the size of the latents is not known")
     return int(ratio)
 
 
@@ -174,20 +167,22 @@ def _devices(config: DictConfig) -> int:
 
 
 def state_bytes(factory: Callable[..., torch.optim.Optimizer], network: nn.Module) -> int:
-    """Bytes of an optimizer's states after its first step, taken on the meta device."""
-    parameters = [p for p in network.parameters() if p.requires_grad]
-    optimizer = factory(parameters)
-    for p in parameters:
-        p.grad = torch.empty_like(p)
-    optimizer.step()
-    for p in parameters:
-        p.grad = None
-    tensors = (v for state in optimizer.state.values() for v in state.values() if isinstance(v, torch.Tensor))
-    return sum(t.numel() * t.element_size() for t in tensors)
+    """Bytes of an optimizer's states after its first step, taken on the meta device by one parameter of each shape."""
+    shapes = Counter(tuple(p.shape) for p in network.parameters() if p.requires_grad)
+    total = 0
+    for shape, count in shapes.items():
+        parameter = nn.Parameter(torch.empty(shape, device="meta"))
+        parameter.grad = torch.empty_like(parameter)
+        optimizer = factory([parameter])
+        optimizer.step()
+        tensors = [v for state in optimizer.state.values() for v in state.values() if isinstance(v, torch.Tensor)]
+        total += count * sum(t.numel() * t.element_size() for t in tensors)
+    return total
 
 
 def text_parameters(node: DictConfig) -> int | None:
-    """Parameters of the text encoder from the numbers of its configuration, or None where they are not here."""
+    """Parameters of the text encoder from the numbers of its configuration, or None where they are not
+    here."""
     path = node.get("path")
     if path is None:
         with torch.device("meta"):
@@ -200,8 +195,8 @@ def text_parameters(node: DictConfig) -> int | None:
 
 
 def gemma2_parameters(numbers: dict[str, Any]) -> int:
-    """Parameters of a Gemma-2 decoder without language-model head: embedding, per layer attention, gated MLP and four
-    norms, and the final norm. 2,614,341,888 for gemma-2-2b."""
+    """Parameters of a Gemma-2 decoder without language-model head: embedding, per layer attention, gated MLP
+    and four norms, and the final norm. 2,614,341,888 for gemma-2-2b."""
     d, layers = numbers["hidden_size"], numbers["num_hidden_layers"]
     queries = numbers["num_attention_heads"] * numbers["head_dim"]
     keys = numbers["num_key_value_heads"] * numbers["head_dim"]
@@ -233,13 +228,9 @@ def print_plan(composed: Composed, console: Console | None = None) -> None:
         ("per device", plan.per_device, _sharing(plan)),
     ):
         table.add_row(name, f"{size / 2**30:,.3f} GiB", escape(note))
-    table.add_row(
-        "samples per update", f"{plan.batch:,}", f"{plan.devices} device(s) x {plan.micro} x accumulation"
-    )
+    table.add_row("samples per update", f"{plan.batch:,}", f"{plan.devices} device(s) x {plan.micro} x accumulation")
     table.add_row("tokens per update", f"{plan.batch * plan.tokens:,}", f"{plan.tokens:,} per image")
-    table.add_row(
-        "text tokens per update", f"{plan.batch * plan.text_tokens:,}", f"{plan.text_tokens} per caption"
-    )
+    table.add_row("text tokens per update", f"{plan.batch * plan.text_tokens:,}", f"{plan.text_tokens} per caption")
     table.add_row("FLOPs per update", f"{plan.flops:.4g}", "network, forward, backward and recomputation")
     console.print(table)
 

@@ -6,7 +6,8 @@
     metrics.jsonl      one JSON object per line, appended and flushed line by line
     status.json        running, finished, failed (with the reason), interrupted or preempted
 
-Only the first rank writes. All files but metrics.jsonl are replaced atomically, so a reader never sees half of one.
+Only the first rank writes. All files but metrics.jsonl are replaced atomically, so a reader never sees half
+of one.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
-from sana.run.environment import describe_environment
+from sana.run.environment import describe_environment, peak_rss_gib
 from sana.run.error import ConfigError
 
 Status = Literal["running", "finished", "failed", "interrupted", "preempted"]
@@ -32,7 +33,8 @@ RANK_VARIABLES = ("RANK", "LOCAL_RANK", "SLURM_PROCID")  # the order in which Li
 
 
 def is_first_rank() -> bool:
-    """Whether this process is rank zero of its job, from the launcher's environment (True without a launcher)."""
+    """Whether this process is rank zero of its job, from the launcher's environment (True without a
+    launcher)."""
     return next((int(os.environ[name]) == 0 for name in RANK_VARIABLES if name in os.environ), True)
 
 
@@ -42,7 +44,7 @@ def create_directory(folder: str | Path, name: str, directory: str | Path | None
     Args:
         folder: where runs are kept.
         name: of the recipe or experiment; runs of one name lie side by side.
-        directory: an explicit place instead of ``folder/name/<date>_<time>_<n>``; it may exist if it is empty.
+        directory: an explicit place instead of ``folder/name/<date>_<time>_<n>``; new or empty.
 
     Raises:
         ConfigError: the explicit directory is in use, or it cannot be made.
@@ -94,7 +96,8 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def to_json(value: Any, indent: int | None = None) -> str:
-    """Strict JSON; numbers that JSON lacks become the strings "nan", "inf", "-inf", and tensors their values."""
+    """Strict JSON; numbers that JSON lacks become the strings "nan", "inf", "-inf", and tensors their
+    values."""
     return json.dumps(_plain(value), indent=indent, allow_nan=False, ensure_ascii=False)
 
 
@@ -126,7 +129,8 @@ class MetricsLog:
             self._file.write(b"\n")
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """Add one row ``{"step": ..., "time": seconds since 1970, **values}``; step counts optimizer updates."""
+        """Add one row ``{"step": ..., "time": seconds since 1970, **values}``; step counts optimizer
+        updates."""
         row = {"step": step, "time": round(time.time(), 3), **values}
         self._file.write((to_json(row) + "\n").encode())
 
@@ -152,7 +156,8 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 class RunRecord:
     """Writes what a run leaves behind, and its end, however it ends.
 
-    Use as a context manager around the run: it ends as finished, as failed with the exception as reason, or as
+    Use as a context manager around the run: it ends as finished, as failed with the exception as reason, or
+        as
     interrupted after ctrl-C (also where Lightning has turned that into an exit).
 
     Args:
@@ -214,6 +219,7 @@ class RunRecord:
 
     def _write_status(self) -> None:
         self._status["seconds"] = round(time.monotonic() - self._clock, 1)
+        self._status["peak_rss_gib"] = round(peak_rss_gib(), 3)
         write_atomically(self.path / "status.json", to_json(self._status, indent=2) + "\n")
 
     def __enter__(self) -> RunRecord:
@@ -226,7 +232,8 @@ class RunRecord:
             if self._status.get("status") == "running":
                 self.end("finished")
             return
-        # Lightning answers ctrl-C by sys.exit inside its handler, so the interrupt is the context of the exit.
+        # Lightning answers ctrl-C by sys.exit inside its handler, so the interrupt is the context of the
+        # exit.
         if isinstance(error, KeyboardInterrupt) or isinstance(error.__context__, KeyboardInterrupt):
             self.end("interrupted", "ctrl-C")
         else:

@@ -138,7 +138,7 @@ def _tiles(run: Run, results: Mapping[str, Any], figures: Mapping[str, Any]) -> 
     if steps is not None:
         tiles.append((f"{steps:,}", "updates"))
     if loss and not figures:
-        tiles.append((f"{smooth(loss[1], 50)[-1]:.4g}", "training loss, smoothed"))
+        tiles.append((f"{smooth(loss[1], max(10, len(loss[1]) // 40))[-1]:.4g}", "training loss, smoothed"))
     if run.summary.get("seconds"):
         tiles.append((duration(run.summary["seconds"]), "training"))
     if rate:

@@ -28,9 +28,10 @@ def find_runs(folder: str | Path) -> Iterator[Path]:
 def load_run(path: str | Path) -> dict[str, Any]:
     """One run as a flat dictionary.
 
-    Keys: path, name, status, reason, started, seconds, step (of the last row), overrides (list), commit, dirty, gpus,
-    checkpoint (the newest, or None), metrics {name: last value}, lowest and highest {name: extreme over the run}. A
-    run that says it is running but whose process on this machine is gone has the status "killed".
+    Keys: path, name, status, reason, started, seconds, step (of the last row), overrides (list), commit,
+    dirty, gpus, checkpoint (the newest, or None), metrics {name: last value}, lowest and highest {name:
+    extreme over the run}. A run that says it is running but whose process on this machine is gone has the
+    status "killed".
     """
     path = Path(path)
     status = _json(path / "status.json")

@@ -1,4 +1,5 @@
-"""What is ready to run: a command line composed, filled from an earlier run where it refers to one, and checked."""
+"""What is ready to run: a command line composed, filled from an earlier run where it refers to one, and
+checked."""
 
 from __future__ import annotations
 
@@ -30,6 +31,7 @@ def prepare(entry: str, overrides: Sequence[str] = (), *, rerun: str | Path | No
     Raises:
         ConfigError: whatever the run could not start with, one line per problem.
     """
+    changed = bool(overrides)
     if rerun is not None:
         overrides = [*overrides_of(rerun), *overrides]
     composed = compose(entry, overrides)
@@ -37,7 +39,7 @@ def prepare(entry: str, overrides: Sequence[str] = (), *, rerun: str | Path | No
     if entry != "train":
         composed = fill_from_run(composed)
     check(composed, complete=not planned)
-    if rerun is not None:
+    if rerun is not None and not changed:
         _same_as(Path(rerun), composed)
     if entry == "train" and not planned:
         _check_places(composed)
@@ -87,6 +89,8 @@ def fill_from_run(composed: Composed) -> Composed:
         raise ConfigError("ckpt: has to be given: a checkpoint, or the directory of a run")
     _, run = find_checkpoint(str(config.ckpt))
     saved = load_saved(run).config
+    if saved.get("timestep") is None or saved.get("sampler") is None:
+        raise ConfigError(f"ckpt: the run {run} trained {saved.model._target_}, which does not draw from prompts")
     OmegaConf.set_struct(config, False)
     if config.get("size") is None:
         config.size = saved.size
@@ -109,9 +113,7 @@ def _check_places(composed: Composed) -> None:
     values = composed.resolved
     if values.get("quant") is not None:
         origin = composed.origin(("quant",))
-        raise ConfigError(
-            f"quant: training is in full precision; quantise for sample.py and eval.py ({origin})"
-        )
+        raise ConfigError(f"quant: training is in full precision; quantise for sample.py and eval.py ({origin})")
     key = EXISTING.get(values["data"]["_target_"])
     if key is not None and not Path(values["data"][key]).is_dir():
         raise ConfigError(
@@ -121,36 +123,24 @@ def _check_places(composed: Composed) -> None:
     if values["resume"] is not None:
         find_checkpoint(values["resume"], key="resume")
     directory = values["run"]["dir"]
-    if (
-        directory is not None
-        and is_first_rank()
-        and Path(directory).is_dir()
-        and any(Path(directory).iterdir())
-    ):
+    if directory is not None and is_first_rank() and Path(directory).is_dir() and any(Path(directory).iterdir()):
         raise ConfigError(f"run.dir: {directory} is in use (not empty); choose another, or leave run.dir out")
 
 
 def _same_as(run: Path, composed: Composed) -> None:
-    """A repeated run has the settings of the first, except those that the command line changes and its place."""
+    """A run that is repeated without changes has the settings of the first, whatever became of conf/ meanwhile."""
     old = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
     before, now = dict(_flat(old)), dict(_flat(composed.resolved))
-    given = [parse_override(text).key_or_group.replace("/", ".") for text in composed.overrides]
-    same = len(read_overrides(run)) == len(given) or given == [
-        parse_override(t).key_or_group.replace("/", ".") for t in overrides_of(run)
-    ]
     for key in sorted(before.keys() | now.keys()):
-        if key.startswith("run.") or before.get(key) == now.get(key) or not same:
-            continue
-        raise ConfigError(
-            f"--rerun: conf/ is not what it was: {key} was {before.get(key)!r} and would be {now.get(key)!r}; "
-            f"check out the commit in {run / 'environment.json'}"
-        )
+        if not key.startswith("run.") and before.get(key) != now.get(key):
+            raise ConfigError(
+                f"--rerun: conf/ has changed: {key} was {before.get(key)!r} and would be {now.get(key)!r}; "
+                f"check out the commit in {run / 'environment.json'}"
+            )
 
 
 def _flat(value: Any, key: tuple[str | int, ...] = ()) -> Iterator[tuple[str, Any]]:
-    items = (
-        value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
-    )
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
     if not items:
         yield show(key), value
         return

@@ -1,8 +1,8 @@
 """The check of a composed configuration before anything is imported or built.
 
-The constructor's signature is the schema: every key of a node must be an argument of what its `_target_` names, every
-argument without default must be there, and numbers, strings, booleans and lists must be of the annotated type. What a
-configuration may build at all is what `sana.run.signature` finds.
+The constructor's signature is the schema: every key of a node must be an argument of what its `_target_`
+names, every argument without default must be there, and numbers, strings, booleans and lists must be of the
+annotated type. What a configuration may build at all is what `sana.run.signature` finds.
 """
 
 from __future__ import annotations
@@ -58,9 +58,9 @@ class _Checker:
         """The key that a value is a reference to."""
         value: Any = self.composed.raw
         for part in key:
-            if isinstance(value, list) or (isinstance(value, Mapping) and part in value):
+            try:
                 value = value[part]
-            else:
+            except (KeyError, TypeError):  # missing, or inside a reference
                 return None
         return value[2:-1] if isinstance(value, str) and REFERENCE.fullmatch(value) else None
 
@@ -101,8 +101,8 @@ class _Checker:
         if not isinstance(value, Mapping) or not isinstance(value.get("_target_"), str):
             others = [name for name in self.inside_of(key[:-1]) if name != key[-1]]
             near = difflib.get_close_matches(str(key[-1]), others, 1, 0.6)
-            hint = f"did you mean {show((*key[:-1], near[0]))}?" if near else "the dotted name of what to build"
-            yield self.line(key, f"_target_ is missing; {hint}")
+            wanted = f"did you mean {show((*key[:-1], near[0]))}?" if near else "it names what to build"
+            yield self.line(key, f"_target_ is missing; {wanted}")
             return
         target = value["_target_"]
         try:
@@ -111,7 +111,8 @@ class _Checker:
             near = difflib.get_close_matches(target, list(all_targets()), 1, 0.6)
             yield self.line((*key, "_target_"), f"{error}{f'; did you mean {near[0]}?' if near else ''}")
             return
-        for name in raw:
+        given: Any = raw
+        for name in given:
             at = (*key, name)
             home = ELSEWHERE.get(show(at))
             if name in OF_HYDRA:
@@ -119,13 +120,13 @@ class _Checker:
             if home is not None:
                 yield self.line(at, f"has no effect here; set {home} instead")
             elif name in signature.parameters:
-                yield from self.value(at, raw[name], value[name], signature.parameters[name])
+                yield from self.value(at, given[name], value[name], signature.parameters[name])
             elif signature.open and name != "_args_":
-                yield from self.inside(at, raw[name], value[name])
+                yield from self.inside(at, given[name], value[name])
             else:
-                yield from self.unknown(at, raw[name], signature)
+                yield from self.unknown(at, given[name], signature)
         if value.get("_partial_") is not True:
-            yield from self.missing(key, raw, signature)
+            yield from self.missing(key, given, signature)
 
     def value(self, key: Key, raw: Any, value: Any, parameter: Parameter) -> Iterator[Problem]:
         """An argument."""
@@ -136,17 +137,13 @@ class _Checker:
             return  # known when the run's directory is made
         elif isinstance(value, str) and value.startswith("${oc.env:"):
             return  # known only when the run starts
-        elif (
-            isinstance(value, Mapping) and "_target_" not in value and not takes_mapping(parameter.annotation)
-        ):
+        elif isinstance(value, Mapping) and "_target_" not in value and not takes_mapping(parameter.annotation):
             if not isinstance(raw, str):
                 yield self.line(key, f"has no _target_{self.home(key)}")
         elif parameter.annotation is not None and not fits(parameter.annotation, value):
             shown = f"{value!r}"[:80]
             hint = f"; quote it: '{show(key)}=\"{value}\"'" if _wants_text(parameter, value) else ""
-            yield self.line(
-                key, f"{shown} is {_kind(value)}, expected {describe(parameter.annotation)}{hint}"
-            )
+            yield self.line(key, f"{shown} is {_kind(value)}, expected {describe(parameter.annotation)}{hint}")
         else:
             yield from self.inside(key, raw, value)
 
@@ -221,9 +218,7 @@ def _names(annotation: ast.expr | None) -> set[str]:
     if annotation is None:
         return set()
     names = {node.id for node in ast.walk(annotation) if isinstance(node, ast.Name)}
-    return names | {
-        "None" for node in ast.walk(annotation) if isinstance(node, ast.Constant) and node.value is None
-    }
+    return names | {"None" for node in ast.walk(annotation) if isinstance(node, ast.Constant) and node.value is None}
 
 
 def _wants_text(parameter: Parameter, value: Any) -> bool:

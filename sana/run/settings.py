@@ -1,5 +1,5 @@
-"""The keys at the top of each configuration. A `Node` is what a group of conf/ puts there: a mapping with `_target_`,
-whose keys are the arguments of what it names.
+"""The keys at the top of each configuration. A `Node` is what a group of conf/ puts there: a mapping with
+`_target_`, whose keys are the arguments of what it names.
 
 These classes are read, not instantiated: `sana.run.schema` finds their fields like those of any constructor.
 """
@@ -151,7 +151,8 @@ class Eval:
     quant: Node | None = None
 
 
-# Arguments that a node's constructor has but that belong to another key, which is named instead of ignoring them.
+# Arguments that a node's constructor has but that belong to another key, which is named instead of ignoring
+# them.
 ELSEWHERE = {
     "trainer.accumulate_grad_batches": "model.accumulate",
     "trainer.callbacks": "callback",

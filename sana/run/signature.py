@@ -1,8 +1,8 @@
 """What a `_target_` accepts, found without importing it.
 
 The project's own targets are read from their source by `ast`; those of libraries come from
-library_signatures.json, which `scripts/make_library_signatures.py` writes and a test compares with what is installed.
-A target in neither place does not exist: this is also the list of what a configuration may name.
+library_signatures.json, which `scripts/make_library_signatures.py` writes and a test compares with what is
+installed. A target in neither place does not exist: this is also the list of what a configuration may name.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ class Signature:
 
 
 class UnknownTargetError(LookupError):
-    """No such class or function among those that a configuration may name; the message says how far it was found."""
+    """No such class or function among those that a configuration may name; the message says how far it was
+    found."""
 
 
 def find_signature(target: str) -> Signature:
@@ -60,9 +61,7 @@ def find_signature(target: str) -> Signature:
         return _own(target)
     library = library_table()
     if target not in library:
-        raise UnknownTargetError(
-            f"{target} is not among the {len(library)} library names that a config may build"
-        )
+        raise UnknownTargetError(f"{target} is not among the {len(library)} library names that a config may build")
     return library[target]
 
 
@@ -80,7 +79,8 @@ def library_table() -> dict[str, Signature]:
 
 
 def all_targets() -> Iterator[str]:
-    """Every name that a configuration may build: public classes and functions of the project, then libraries'."""
+    """Every name that a configuration may build: public classes and functions of the project, then
+    libraries'."""
     for path in sorted(PACKAGE.rglob("*.py")):
         module = ".".join((PACKAGE.name, *path.relative_to(PACKAGE).with_suffix("").parts))
         for name in _module(path).definitions:
@@ -133,11 +133,7 @@ def _own(target: str) -> Signature:
     if node is None:
         raise UnknownTargetError(f"{target}: {module.name} defines no {names[0]}")
     if len(names) == 1:
-        return (
-            _of_class(node, module)
-            if isinstance(node, ast.ClassDef)
-            else _of_function(node, module, bound=False)
-        )
+        return _of_class(node, module) if isinstance(node, ast.ClassDef) else _of_function(node, module, bound=False)
     method = _method(node, names[1]) if isinstance(node, ast.ClassDef) and len(names) == 2 else None
     decorators = {ast.unparse(d) for d in method.decorator_list} if method else set()
     if method is None or not decorators & {"classmethod", "staticmethod"}:
@@ -150,9 +146,7 @@ def _method(node: ast.ClassDef, name: str) -> ast.FunctionDef | None:
     return found[-1] if found else None
 
 
-def _of_function(
-    node: ast.FunctionDef, module: _Module, *, bound: bool, base: Signature | None = None
-) -> Signature:
+def _of_function(node: ast.FunctionDef, module: _Module, *, bound: bool, base: Signature | None = None) -> Signature:
     arguments = node.args
     positional = arguments.args[1:] if bound and not arguments.posonlyargs else arguments.args
     first_default = len(positional) - len(arguments.defaults)
@@ -172,9 +166,7 @@ def _of_class(node: ast.ClassDef, module: _Module) -> Signature:
         needs_base = constructor.args.kwarg is not None
         return _of_function(constructor, module, bound=True, base=_base(node, module) if needs_base else None)
     base = _base(node, module) or Signature()
-    names = {
-        ast.unparse(d.func if isinstance(d, ast.Call) else d).split(".")[-1] for d in node.decorator_list
-    }
+    names = {ast.unparse(d.func if isinstance(d, ast.Call) else d).split(".")[-1] for d in node.decorator_list}
     if "dataclass" not in names and not any(ast.unparse(b).endswith("NamedTuple") for b in node.bases):
         return base
     fields = dict(base.parameters)

@@ -1,7 +1,8 @@
 """``-m``: one run per combination of comma-separated values.
 
-Hydra's sweeper makes the combinations and its launcher goes through them, but each job is a process of its own with
-fixed settings. So the ranks that a job starts never see the sweep, and no job inherits another's state.
+Hydra's sweeper makes the combinations and its launcher goes through them, but each job is a process of its
+own with fixed settings. So the ranks that a job starts never see the sweep, and no job inherits another's
+state.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from sana.run.launch import run_job
 from sana.run.records import create_directory
 from sana.run.saved import prepare
 
-# Where launchers and sweepers come from: Hydra and its plugins. No configuration file can put other code there.
+# Where launchers and sweepers come from: Hydra and its plugins. No configuration file can put other code
+# there.
 PLUGINS = ("hydra._internal.core_plugins.", "hydra_plugins.")
 
 
@@ -66,9 +68,7 @@ def combinations(overrides: Sequence[str]) -> list[list[str]]:
     parsed = [parse_override(text) for text in overrides]
     for override in parsed:
         if override.is_sweep_override() and not override.is_discrete_sweep():
-            raise ConfigError(
-                f"{override.input_line}: a grid needs values separated by commas, not an interval"
-            )
+            raise ConfigError(f"{override.input_line}: a grid needs values separated by commas, not an interval")
     return BasicSweeper.split_arguments(parsed, None)[0]
 
 

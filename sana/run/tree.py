@@ -12,7 +12,8 @@ from sana.run.compose import REFERENCE, Composed
 
 
 def print_tree(composed: Composed, console: Console | None = None) -> None:
-    """Print all settings; references to other sections are shown as such, and so is what reads the environment."""
+    """Print all settings; references to other sections are shown as such, and so is what reads the
+    environment."""
     tree = Tree(f"[bold]conf/{composed.entry}.yaml[/] {escape(' '.join(composed.overrides))}")
     for key, value in composed.raw.items():
         _grow(tree, str(key), value, composed.resolved[key])

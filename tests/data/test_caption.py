@@ -6,7 +6,7 @@ import pytest
 import torch
 from scipy import special, stats
 
-from sana.data.caption import Caption, PowerScore, Proportion, SoftmaxScore, drop
+from sana.data.caption import Caption, PowerScore, Proportion, SoftmaxScore
 from sana.ops.random import uniform
 
 FOUR = [
@@ -94,22 +94,11 @@ def test_observed_frequencies_follow_the_probabilities(rule):
     assert stats.chisquare(observed, expected).pvalue > 1e-3
 
 
-@pytest.mark.parametrize(
-    "rule", [PowerScore(), SoftmaxScore(), Proportion({"prompt": 1, "vila_3b": 1, "internvl": 1})]
-)
+@pytest.mark.parametrize("rule", [PowerScore(), SoftmaxScore(), Proportion({"prompt": 1, "vila_3b": 1, "internvl": 1})])
 def test_both_ends_of_the_unit_interval_pick_a_possible_caption(rule):
     for u in (0.0, 1 - 2.0**-53):
         chosen = rule(FOUR, u)
         assert rule.probabilities(FOUR)[FOUR.index(chosen)] > 0
-
-
-def test_captions_are_dropped_with_the_given_frequency():
-    u = uniform(0, torch.arange(20_000), "caption_dropout").tolist()
-    dropped = sum(drop("a red circle", x, 0.1) == "" for x in u)
-    assert stats.binomtest(dropped, len(u), 0.1).pvalue > 1e-3
-    assert drop("a", 0.0, 0.0) == "a"
-    assert drop("a", 1 - 2.0**-24, 1.0) == ""
-    assert drop("a", 0.1, 0.1) == "a"
 
 
 @pytest.mark.parametrize(
@@ -126,7 +115,6 @@ def test_captions_are_dropped_with_the_given_frequency():
         (lambda: PowerScore()([Caption("a", "a", -1.0)], 0.5), "negative"),
         (lambda: SoftmaxScore()([Caption("clip", "a", math.nan)], 0.5), "clip"),
         (lambda: PowerScore()(FOUR, 1.0), "uniform"),
-        (lambda: drop("a", 0.5, 1.5), "probability"),
     ],
 )
 def test_bad_input_is_refused(call, message):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -13,6 +14,11 @@ from sana.encoder.text.gemma import GemmaEncoder
 from sana.encoder.text.gemma_random import byte_tokenizer, gemma_random
 from sana.encoder.text.instruction import SHA256, read_instruction
 from sana.encoder.text.weights import GemmaUnavailableError, load_gemma
+from sana.network.sana import Sana
+from sana.nn.block import Block
+from sana.nn.cross_attention import CrossAttention
+from sana.nn.linear_attention import LinearAttention
+from sana.nn.mix_ffn import MixFFN
 
 CAPTIONS = ["a red circle", "", "a blue square left of a ring, far away", "ééé 3 🙂"]
 
@@ -153,6 +159,26 @@ def test_trim_changes_nothing_for_a_network_that_uses_the_mask(instruction):
     torch.testing.assert_close(attend(a), attend(b), rtol=1e-5, atol=1e-5)
 
 
+def test_trim_gives_the_same_velocity():
+    torch.manual_seed(7)
+    block = partial(
+        Block,
+        mixer=partial(LinearAttention, head_dim=8),
+        cross=partial(CrossAttention, heads=2),
+        ffn=partial(MixFFN, ratio=2.0),
+    )
+    network = Sana(in_channels=3, width=16, depth=2, text_channels=48, blocks=[block])
+    with torch.no_grad():
+        for parameter in network.parameters():  # the initial zeros would hide the text
+            parameter.normal_(0, 0.3)
+    x, t = torch.randn(4, 3, 1, 3, 5), torch.rand(4, 1)
+    full, trimmed, cached = (build(**o).encode(CAPTIONS) for o in ({}, {"trim": True}, {"trim": True, "cache": 9}))
+    expected = network(x, t, full)
+    torch.testing.assert_close(network(x, t, trimmed), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(network(x, t, cached), expected, rtol=1e-4, atol=1e-4)
+    assert (network(x, t, build(1).encode(CAPTIONS)) - expected).abs().max() > 0.01
+
+
 def test_cache_is_exact_and_bounded():
     encoder = build(trim=True, cache=5)
     words = [f"{n} of {c}" for n in range(5) for c in ("red", "dark blue circles", "x")]
@@ -216,6 +242,8 @@ def test_saved_weights_load_again(tmp_path):
     encoder.tokenizer.save_pretrained(tmp_path / "tokenizer")
     again = GemmaEncoder(str(tmp_path), max_tokens=45, dtype="float32")  # the folders of a diffusers pipeline
     torch.testing.assert_close(again.encode(CAPTIONS).text, encoder.encode(CAPTIONS).text, rtol=0, atol=0)
+    folder = tmp_path / "text_encoder"
+    (folder / "model.safetensors").rename(folder / "model.bf16.safetensors")
     half = GemmaEncoder(str(tmp_path), max_tokens=45)
     assert half.encode(["x"]).text.dtype == torch.bfloat16
     assert half.channels == 48

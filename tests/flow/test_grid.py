@@ -24,9 +24,7 @@ def test_dpm_grid_truncates_to_the_published_integer_levels():
 
 def test_euler_grid_equals_the_published_numbers():
     grid = euler_grid(28, 3.0)
-    assert grid[[0, 1, -4, -3, -2, -1]].tolist() == pytest.approx(
-        [1, 0.9874, 0.1998, 0.1109, 0.0089, 0], abs=5.1e-5
-    )
+    assert grid[[0, 1, -4, -3, -2, -1]].tolist() == pytest.approx([1, 0.9874, 0.1998, 0.1109, 0.0089, 0], abs=5.1e-5)
 
 
 @pytest.mark.parametrize(("steps", "shift"), [(20, 3.0), (20, 6.0), (14, 1.0), (5, 4.0)])
@@ -62,9 +60,7 @@ def test_every_grid_decreases_from_noise_to_exactly_zero(grid, steps, shift):
 
 
 def test_uniform_grid_shifts_once():
-    torch.testing.assert_close(
-        uniform_grid(4, 3.0), torch.tensor([1, 0.9, 0.75, 0.5, 0], dtype=torch.float64)
-    )
+    torch.testing.assert_close(uniform_grid(4, 3.0), torch.tensor([1, 0.9, 0.75, 0.5, 0], dtype=torch.float64))
 
 
 @pytest.mark.parametrize("grid", [dpm_grid, euler_grid, uniform_grid])

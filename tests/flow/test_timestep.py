@@ -29,9 +29,7 @@ def test_shift_scales_the_signal_to_noise_ratio():
     torch.testing.assert_close(moved / (1 - moved), 3.0 * t / (1 - t))
 
 
-@pytest.mark.parametrize(
-    ("mean", "std", "by"), [(0.0, 1.0, 1.0), (0.0, 1.0, 3.0), (-0.4, 1.3, 1.0), (0.2, 1.6, 6.0)]
-)
+@pytest.mark.parametrize(("mean", "std", "by"), [(0.0, 1.0, 1.0), (0.0, 1.0, 3.0), (-0.4, 1.3, 1.0), (0.2, 1.6, 6.0)])
 def test_logit_normal_has_its_distribution(mean, std, by):
     u = uniform(0, torch.arange(40_000), "timestep")
     t = LogitNormal(mean, std, by)(u).double().numpy()

@@ -19,7 +19,7 @@ from sana.nn.cross_attention import CrossAttention
 from sana.nn.linear_attention import LinearAttention
 from sana.nn.mix_ffn import MixFFN
 from sana.objective.flow_matching import flow_matching
-from sana.ops.random import normal, uniform
+from sana.ops.random import normal, spread, uniform
 from sana.sampler.euler import euler
 from sana.sampler.guided import Sampler
 from sana.types import Batch
@@ -70,7 +70,7 @@ def test_loss_is_the_closed_form(seed: int) -> None:
     assert x0.shape == (6, 4, 1, 4, 4)
     condition = recipe.condition(data)
     losses = recipe.flow_loss(recipe.network, x0, condition, data.index)
-    u = uniform(seed, data.index, "timestep").double()
+    u = spread(seed, data.index, "timestep").double()
     n = torch.special.ndtri(u)
     t = torch.sigmoid(n)
     t = (3 * t / (1 + 2 * t)).float()

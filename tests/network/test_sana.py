@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
 from functools import partial
 
 import pytest
@@ -23,7 +25,10 @@ CHANNELS, TEXT = 4, 10
 
 def block(heads=2, mixer=LinearAttention, qk_norm=False):
     return partial(
-        Block, mixer=partial(mixer, qk_norm=qk_norm), cross=partial(CrossAttention, heads=heads, qk_norm=qk_norm), ffn=MixFFN
+        Block,
+        mixer=partial(mixer, qk_norm=qk_norm),
+        cross=partial(CrossAttention, heads=heads, qk_norm=qk_norm),
+        ffn=MixFFN,
     )
 
 
@@ -119,9 +124,47 @@ def test_time_scale_and_floor():
         tiny(time_scale=1.0, floor_time=True)
 
 
-@pytest.mark.parametrize("mixer", [LinearAttention, CausalLinearAttention])
-def test_forward_derivative_equals_central_differences(mixer):
-    network = tiny(3, mixer, time_scale=1.0, guidance_embed=True)
+def test_floor_keeps_whole_steps_of_fp32_times():
+    network, seen = tiny(floor_time=True, dtype=torch.float32, depth=1), {}
+    network.time_embed.register_forward_pre_hook(lambda m, a: seen.update(t=a[0]))
+    steps = torch.arange(1001).float()
+    _, _, cond = inputs(dtype=torch.float32)
+    one = Condition(cond.text[:1], None)
+    for t, want in [(steps / 1000, steps), ((steps + 0.99) / 1000, steps)]:
+        network(torch.zeros(1, CHANNELS, 1001, 1, 1), t[None], one)
+        assert torch.equal(seen["t"][0], want)
+
+
+COMPILED = """
+from functools import partial
+import torch
+from sana.network.sana import Sana
+from sana.nn.block import Block
+from sana.nn.cross_attention import CrossAttention
+from sana.nn.linear_attention import CausalLinearAttention, LinearAttention
+from sana.nn.mix_ffn import MixFFN
+from sana.types import Condition
+
+block = partial(Block, cross=partial(CrossAttention, heads=2, qk_norm=True), ffn=MixFFN)
+mixers = [partial(kind, qk_norm=True) for kind in (LinearAttention, CausalLinearAttention)]
+network = Sana(4, 64, 2, 10, [partial(block, mixer=mixer) for mixer in mixers])
+x, t = torch.randn(2, 4, 2, 3, 5), torch.rand(2, 2)
+cond = Condition(torch.randn(2, 6, 10), torch.ones(2, 6, dtype=torch.bool))
+compiled = torch.compile(network, backend="aot_eager", fullgraph=True)
+torch.testing.assert_close(compiled(x, t, cond), network(x, t, cond))
+"""
+
+
+@pytest.mark.slow
+def test_compiles_without_a_break():
+    """In a process of its own, without the type checks of the tests, which torch.compile cannot see through."""
+    done = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.parametrize(("mixer", "every"), [(LinearAttention, 0), (CausalLinearAttention, 1)])
+def test_forward_derivative_equals_central_differences(mixer, every):
+    network = tiny(3, mixer, time_scale=1.0, guidance_embed=True, checkpoint_every=every)
     x, t, cond = inputs(f=2)
     cond = dataclasses.replace(cond, guidance=torch.tensor([4.0, 5.0]).double())
     dx, dt = torch.randn_like(x), torch.rand_like(t)
@@ -205,7 +248,13 @@ def test_edits():
 def test_blocks_are_cycled_over_depth():
     network = tiny(depth=5, blocks=[block(), block(), block(mixer=CausalLinearAttention)])
     kinds = [type(layer.mixer) for layer in network.blocks]
-    assert kinds == [LinearAttention, LinearAttention, CausalLinearAttention, LinearAttention, LinearAttention]
+    assert kinds == [
+        LinearAttention,
+        LinearAttention,
+        CausalLinearAttention,
+        LinearAttention,
+        LinearAttention,
+    ]
 
 
 def test_linear_factory_makes_every_matrix():
@@ -235,7 +284,12 @@ def test_bf16_is_near_fp32(mode):
 
 @pytest.mark.parametrize("grid", [Grid(1, 9, 7), Grid(1, 3, 5), Grid(2, 6, 7)])
 def test_flops_equal_the_counter(grid):
-    network = tiny(dtype=torch.float32, width=96, guidance_embed=True, blocks=[block(), block(mixer=CausalLinearAttention)])
+    network = tiny(
+        dtype=torch.float32,
+        width=96,
+        guidance_embed=True,
+        blocks=[block(), block(mixer=CausalLinearAttention)],
+    )
     x, t, cond = inputs(b=2, f=grid.f, h=grid.h, w=grid.w, dtype=torch.float32)
     cond = dataclasses.replace(cond, guidance=torch.tensor([4.0, 5.0]))
     with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -265,7 +319,7 @@ def test_position_is_added_to_every_frame():
 
 def test_wrong_inputs_are_named():
     network, (x, t, cond) = tiny(), inputs()
-    with pytest.raises(ValueError, match="needs c = 4"):
+    with pytest.raises(ValueError, match="takes c = 4"):
         network(x[:, :3], t, cond)
     with pytest.raises(ValueError, match="divisible by 2"):
         tiny(patch=2)(x, t, cond)

@@ -11,7 +11,15 @@ import torch.nn.functional as F
 from diffusers.models.embeddings import PatchEmbed as DiffusersPatchEmbed
 from diffusers.models.embeddings import get_2d_sincos_pos_embed
 
-from sana.nn.embed import FinalLayer, GuidanceEmbedding, PatchEmbed, SinCos2d, TextEmbedding, TimeEmbedding, sinusoid
+from sana.nn.embed import (
+    FinalLayer,
+    GuidanceEmbedding,
+    PatchEmbed,
+    SinCos2d,
+    TextEmbedding,
+    TimeEmbedding,
+    sinusoid,
+)
 from sana.types import Grid
 
 

@@ -19,7 +19,10 @@ WIDTH, TEXT, CHANNELS = 128, 96, 32
 
 def network(**settings):
     block = partial(
-        Block, mixer=partial(LinearAttention, qk_norm=True), cross=partial(CrossAttention, heads=4, qk_norm=True), ffn=MixFFN
+        Block,
+        mixer=partial(LinearAttention, qk_norm=True),
+        cross=partial(CrossAttention, heads=4, qk_norm=True),
+        ffn=MixFFN,
     )
     return Sana(CHANNELS, WIDTH, 2, TEXT, [block], guidance_embed=True, **settings)
 
@@ -55,7 +58,13 @@ def test_every_parameter():
     d, hidden = WIDTH, int(2.5 * WIDTH)
     xavier("patch_embed.linear", d, CHANNELS)
     is_uniform(take("patch_embed.linear.bias"), 1 / math.sqrt(CHANNELS))
-    for name in ("time_embed.fc1", "time_embed.fc2", "guidance_embed.fc1", "modulation.linear", "text_embed.fc1"):
+    for name in (
+        "time_embed.fc1",
+        "time_embed.fc2",
+        "guidance_embed.fc1",
+        "modulation.linear",
+        "text_embed.fc1",
+    ):
         is_normal(take(f"{name}.weight"), 0.02)
         assert not take(f"{name}.bias").any()
     is_normal(take("text_embed.fc2.weight"), 0.02)

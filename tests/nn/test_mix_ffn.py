@@ -27,7 +27,9 @@ def test_equals_convolutions_with_gradients(grid, seed):
     torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
     weight, leaves = torch.randn_like(want), [x, *ffn.parameters()]
     for a, c in zip(
-        torch.autograd.grad((got * weight).sum(), leaves), torch.autograd.grad((want * weight).sum(), leaves), strict=True
+        torch.autograd.grad((got * weight).sum(), leaves),
+        torch.autograd.grad((want * weight).sum(), leaves),
+        strict=True,
     ):
         torch.testing.assert_close(a, c, rtol=1e-9, atol=1e-11)
 

@@ -21,7 +21,9 @@ def test_rms_norm_values_gradients_and_forward_derivative(seed):
     weight = torch.randn(2, 5, 7, dtype=torch.float64)
     for leaf in (x, norm.weight):
         torch.testing.assert_close(
-            *(torch.autograd.grad((y * weight).sum(), leaf)[0] for y in (norm(x), written(x))), rtol=1e-10, atol=1e-11
+            *(torch.autograd.grad((y * weight).sum(), leaf)[0] for y in (norm(x), written(x))),
+            rtol=1e-10,
+            atol=1e-11,
         )
     tangents = [torch.func.jvp(f, (x.detach(),), (weight,))[1] for f in (norm, written)]
     torch.testing.assert_close(*tangents, rtol=1e-10, atol=1e-11)
@@ -56,7 +58,9 @@ def test_modulation_is_per_frame(frames):
     weight = torch.randn_like(want)
     leaves = [x, shift, scale]
     for a, c in zip(
-        torch.autograd.grad((got * weight).sum(), leaves), torch.autograd.grad((want * weight).sum(), leaves), strict=True
+        torch.autograd.grad((got * weight).sum(), leaves),
+        torch.autograd.grad((want * weight).sum(), leaves),
+        strict=True,
     ):
         torch.testing.assert_close(a, c, rtol=1e-9, atol=1e-10)
 

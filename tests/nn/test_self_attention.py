@@ -53,7 +53,9 @@ def test_causal_two_chunks_equal_one(cut):
     torch.testing.assert_close(both, whole, rtol=1e-10, atol=1e-11)
     weight = torch.randn_like(whole)
     torch.testing.assert_close(
-        *(torch.autograd.grad((y * weight).sum(), x, retain_graph=True)[0] for y in (both, whole)), rtol=1e-9, atol=1e-10
+        *(torch.autograd.grad((y * weight).sum(), x, retain_graph=True)[0] for y in (both, whole)),
+        rtol=1e-9,
+        atol=1e-10,
     )
 
 

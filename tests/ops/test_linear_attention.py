@@ -7,7 +7,13 @@ import torch
 
 from sana.ops.linear_attention.naive import causal_relu_linear_attention, relu_linear_attention
 
-SIZES = [(1, 1, 1, 4), (2, 5, 3, 8), (1, 7, 2, 7), (2, 33, 3, 8), (1, 12, 1, 11)]  # b, n, heads, dh: n around dh
+SIZES = [
+    (1, 1, 1, 4),
+    (2, 5, 3, 8),
+    (1, 7, 2, 7),
+    (2, 33, 3, 8),
+    (1, 12, 1, 11),
+]  # b, n, heads, dh: n around dh
 
 
 def draw(b, n, heads, dh, seed=0, dtype=torch.float64):
@@ -39,7 +45,9 @@ def test_values_and_gradients_equal_the_loop(size, eps):
     torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-13)
     weight = torch.randn_like(want)
     for a, b in zip(
-        torch.autograd.grad((got * weight).sum(), qkv), torch.autograd.grad((want * weight).sum(), qkv), strict=True
+        torch.autograd.grad((got * weight).sum(), qkv),
+        torch.autograd.grad((want * weight).sum(), qkv),
+        strict=True,
     ):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
 
@@ -67,7 +75,7 @@ def test_a_query_without_positive_features_gives_zero_and_finite_gradients():
 @pytest.mark.parametrize("n", [5, 257])
 @pytest.mark.parametrize("autocast", [False, True])
 def test_sums_are_fp32_for_bf16_inputs(n, autocast):
-    """Only the rounding of the inputs and of the result may show; 257 tokens summed in bf16 would be off by far more."""
+    """Only the rounding of inputs and result may show; 257 tokens summed in bf16 would be off by far more."""
     qkv = draw(2, n, 3, 16, dtype=torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         got = relu_linear_attention(*qkv)

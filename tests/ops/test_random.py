@@ -51,9 +51,7 @@ def test_philox_equals_python_integers_at_random_and_extreme_words():
     rng = np.random.default_rng(0)
     extreme = np.array([0, 1, 2**31 - 1, 2**31, 2**32 - 2, 2**32 - 1])
     for _ in range(60):
-        draw = [
-            int(rng.choice(extreme)) if rng.random() < 0.4 else int(rng.integers(2**32)) for _ in range(6)
-        ]
+        draw = [int(rng.choice(extreme)) if rng.random() < 0.4 else int(rng.integers(2**32)) for _ in range(6)]
         assert words(tuple(draw[:4]), tuple(draw[4:])) == philox_scalar(tuple(draw[:4]), tuple(draw[4:]))
 
 
@@ -176,10 +174,7 @@ def test_spread_is_uniform_over_seeds_and_even_over_indices():
 
 def test_spread_makes_the_mean_of_a_batch_less_noisy():
     index = torch.arange(32)
-    means = {
-        draw: torch.stack([draw(seed, index, "t").mean() for seed in range(200)])
-        for draw in (uniform, spread)
-    }
+    means = {draw: torch.stack([draw(seed, index, "t").mean() for seed in range(200)]) for draw in (uniform, spread)}
     assert means[spread].std() < 0.35 * means[uniform].std()
 
 

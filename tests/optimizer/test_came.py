@@ -22,9 +22,7 @@ SHAPES = {
 }
 
 
-def reference(
-    weight, grads, lr=1e-4, betas=(0.9, 0.999, 0.9999), eps=(1e-30, 1e-16), clip=1.0, weight_decay=0.0
-):
+def reference(weight, grads, lr=1e-4, betas=(0.9, 0.999, 0.9999), eps=(1e-30, 1e-16), clip=1.0, weight_decay=0.0):
     """CAME in float64, entry by entry as its formulas are written, without any state of ours."""
     shape = weight.shape
     factored = len(shape) == 2 or (len(shape) == 4 and shape[2] == shape[3] == 1)

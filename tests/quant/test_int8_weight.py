@@ -54,9 +54,7 @@ def test_a_layer_equals_its_definition_in_numpy(seed, bias):
     assert np.abs(layer.weight.numpy() - q).max() <= 1
     np.testing.assert_allclose(layer.scale.numpy(), scale, rtol=1e-6)
     x = torch.randn(3, 5, 13, requires_grad=True)
-    expected = x.detach().numpy() @ (layer.weight.numpy() * scale).T + (
-        linear.bias.detach().numpy() if bias else 0
-    )
+    expected = x.detach().numpy() @ (layer.weight.numpy() * scale).T + (linear.bias.detach().numpy() if bias else 0)
     y = layer(x)
     np.testing.assert_allclose(y.detach().numpy(), expected, rtol=1e-5, atol=1e-6)
     y.sum().backward()
@@ -109,9 +107,7 @@ def test_reported_error_and_bytes_are_right():
 
 def test_patterns_choose_layers_and_reasons_are_given():
     network = int8_weight(Network(), include=["blocks.*"], exclude="*.ffn.2")
-    assert list(network.quantization.converted) == [
-        f"blocks.{i}.{n}" for i in range(2) for n in ("qkv", "ffn.0")
-    ]
+    assert list(network.quantization.converted) == [f"blocks.{i}.{n}" for i in range(2) for n in ("qkv", "ffn.0")]
     assert network.quantization.skipped["head"] == "not included by 'blocks.*'"
     assert network.quantization.skipped["blocks.1.ffn.2"] == "excluded by '*.ffn.2'"
     assert type(network.head) is nn.Linear

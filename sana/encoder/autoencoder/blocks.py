@@ -75,6 +75,8 @@ class MultiScaleLinearAttention(nn.Module):
 
     def __init__(self, width: int, head_dim: int, kernels: Sequence[int]) -> None:
         super().__init__()
+        if width % head_dim:
+            raise ValueError(f"attention: width {width} is no multiple of head_dim {head_dim}")
         self.head_dim = head_dim
         self.qkv = nn.Conv2d(width, 3 * width, 1, bias=False)
         groups = 3 * width // head_dim

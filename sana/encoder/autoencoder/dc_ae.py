@@ -115,6 +115,11 @@ class Decoder(nn.Module):
             self.output = Upsample(width, 3, shuffle, shortcut=False)
         self.shortcut_channels = widths[-1] if latent_shortcut else None
 
+    @property
+    def last_layer(self) -> nn.Conv2d:
+        """The convolution that makes pixels."""
+        return self.output if isinstance(self.output, nn.Conv2d) else self.output.conv
+
     def forward(self, z: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 H W"]:
         x = self.input(z)
         if self.shortcut_channels is not None:
@@ -142,9 +147,12 @@ class DCAE(nn.Module):
         decoder_shuffle: resample by pixel-shuffle instead of nearest-neighbour enlargement.
         latent_shortcut: channel means into, and repeated channels out of, the latent.
         silu_output: SiLU instead of ReLU before the last convolution.
+        weights: file written by `save` to start from; None: random weights. Not read on the meta device.
 
     Raises:
-        ValueError: stages that do not match each other, or widths that no shortcut can join.
+        ValueError: stages that do not match each other, widths that no shortcut can join, or weights of another
+            architecture.
+        FileNotFoundError: no such file of weights.
     """
 
     def __init__(
@@ -163,6 +171,7 @@ class DCAE(nn.Module):
         decoder_shuffle: bool = False,
         latent_shortcut: bool = True,
         silu_output: bool = False,
+        weights: str | Path | None = None,
     ) -> None:
         super().__init__()
         if len(encoder_widths) != len(decoder_widths):
@@ -196,6 +205,12 @@ class DCAE(nn.Module):
                                encoder_shuffle, latent_shortcut)  # fmt: skip
         self.decoder = Decoder(channels, decoder_widths, decoder_depths, decoder_attention, head_dim, kernels,
                                decoder_shuffle, latent_shortcut, silu_output)  # fmt: skip
+        if weights is not None and not next(self.parameters()).is_meta:
+            config, state = _read(weights)
+            differing = sorted(key for key in self.config if self.config[key] != config.get(key))
+            if differing:
+                raise ValueError(f"{weights}: made with other settings of {', '.join(differing)}")
+            self.load_state_dict(state)
 
     def encode(self, image: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b c h w"]:
         """Pixels in [-1, 1] to latents of unit order (already multiplied by `scale`); h = H / r, w = W / r.
@@ -236,6 +251,15 @@ def load(path: str | Path, dtype: torch.dtype = torch.float32) -> DCAE:
         FileNotFoundError: no such file.
         ValueError: the header holds no configuration.
     """
+    config, state = _read(path)
+    with torch.device("meta"):
+        model = DCAE(**config)
+    model.load_state_dict({name: tensor.to(dtype) for name, tensor in state.items()}, assign=True)
+    return model.eval().to(memory_format=torch.channels_last)
+
+
+def _read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Constructor arguments and state dict of a file that `save` wrote."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"autoencoder weights: no file {path}")
     with safe_open(str(path), framework="pt") as file:
@@ -244,7 +268,4 @@ def load(path: str | Path, dtype: torch.dtype = torch.float32) -> DCAE:
             raise ValueError(f"{path}: no {CONFIG_KEY!r} in the safetensors header; write autoencoders with "
                              "sana.encoder.autoencoder.dc_ae.save")  # fmt: skip
         state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
-    with torch.device("meta"):
-        model = DCAE(**json.loads(header[CONFIG_KEY]))
-    model.load_state_dict({name: tensor.to(dtype) for name, tensor in state.items()}, assign=True)
-    return model.eval().to(memory_format=torch.channels_last)
+    return json.loads(header[CONFIG_KEY]), state

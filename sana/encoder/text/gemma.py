@@ -18,7 +18,7 @@ from sana.encoder.text.instruction import read_instruction
 from sana.encoder.text.weights import DTYPES, load_gemma
 from sana.types import Condition
 
-_CHUNK = 16
+_CHUNK = 8
 """Captions per forward pass when features are cached. A constant, since last bits of a product can depend on its
 shape: with it a caption's features are a function of the caption alone, whatever else was in the batch or cache."""
 

@@ -55,7 +55,12 @@ def load_gemma(path: str, dtype: torch.dtype) -> tuple[nn.Module, Any]:
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_path)
         load: Any = Gemma2Model.from_pretrained  # eager: the attention that applies logit soft-capping
         model, info = load(
-            model_path, dtype=dtype, attn_implementation="eager", output_loading_info=True, use_safetensors=True
+            model_path,
+            dtype=dtype,
+            attn_implementation="eager",
+            output_loading_info=True,
+            use_safetensors=True,
+            variant=_variant(Path(model_path)),
         )
     except OSError as error:
         raise GemmaUnavailableError(STEPS.format(reason=_first_line(error, path))) from error
@@ -75,6 +80,15 @@ def _locate(path: str) -> tuple[str, str]:
     if Path(path).is_absolute() or path.startswith((".", "~")) or path.count("/") != 1 or Path(path).exists():
         raise GemmaUnavailableError(STEPS.format(reason=f"no config.json in the folder {path!r}"))
     return path, path
+
+
+def _variant(folder: Path) -> str | None:
+    """The precision in the names of the weight files, where a folder has no unnamed ones."""
+    if folder.is_dir() and not list(folder.glob("model.safetensors")) + list(folder.glob("model-*.safetensors")):
+        for variant in ("bf16", "fp32", "fp16"):
+            if list(folder.glob(f"model.{variant}*.safetensors")):
+                return variant
+    return None
 
 
 def _first_line(error: BaseException, path: str) -> str:

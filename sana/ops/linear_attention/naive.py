@@ -26,13 +26,14 @@ def relu_linear_attention(
     The sums are associated in the cheaper order: (q k') v for fewer tokens than channels per head, q (k' v) otherwise.
     """
     with torch.autocast(q.device.type, enabled=False):
-        query, key, value = _by_head(q.relu()), _by_head(k.relu()), _by_head(v)
+        query, key, value = _by_head(q).relu_(), _by_head(k).relu_(), _by_head(v)
         if q.shape[1] < q.shape[3]:
             weight = query @ key.mT
             numerator, denominator = weight @ value, weight.sum(-1, keepdim=True)
         else:
-            numerator, denominator = query @ (key.mT @ value), query @ key.sum(-2).unsqueeze(-1)
-        return (numerator / (denominator + eps)).transpose(1, 2).to(v.dtype)
+            numerator = query @ (key.mT @ value)
+            denominator = torch.linalg.vecdot(query, key.sum(-2, keepdim=True)).unsqueeze(-1)
+        return _by_token(numerator * (denominator + eps).reciprocal(), v.dtype)
 
 
 def causal_relu_linear_attention(
@@ -48,13 +49,19 @@ def causal_relu_linear_attention(
     before the first frame. Returns the output, of the type of v, and the state after the last frame.
     """
     with torch.autocast(q.device.type, enabled=False):
-        query, key, value = _by_head(q.relu()), _by_head(k.relu()), _by_head(v)
+        query, key, value = _by_head(q).relu_(), _by_head(k).relu_(), _by_head(v)
         own = torch.cat([key.mT @ value, key.sum(-2).unsqueeze(-1)], dim=-1)
         seen = own.cumsum(1) + state.unsqueeze(1)  # out of place: autograd keeps every frame's state
         numerator, denominator = (query @ seen).split([v.shape[-1], 1], dim=-1)
-        return (numerator / (denominator + eps)).transpose(2, 3).to(v.dtype), seen[:, -1]
+        return _by_token(numerator * (denominator + eps).reciprocal(), v.dtype), seen[:, -1]
 
 
 def _by_head(x: Tensor) -> Tensor:
-    """(..., n, heads, dh) -> (..., heads, n, dh) in at least fp32."""
-    return x.transpose(-3, -2).to(torch.promote_types(x.dtype, torch.float32))
+    """(..., n, heads, dh) -> a copy (..., heads, n, dh) in at least fp32: one pass casts and transposes."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return x.transpose(-3, -2).to(dtype, copy=True, memory_format=torch.contiguous_format)
+
+
+def _by_token(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """(..., heads, n, dh) -> a copy (..., n, heads, dh) of the given type."""
+    return x.transpose(-3, -2).to(dtype, copy=True, memory_format=torch.contiguous_format)
