@@ -21,6 +21,7 @@ def evaluate_run(composed: Composed) -> None:
     from sana.model.evaluate import evaluate
     from sana.model.load import load_weights, make_painter
     from sana.run.build import build, build_all
+    from sana.run.error import ConfigError
     from sana.run.restore import restore
     from sana.scenes import eval_prompts
 
@@ -51,7 +52,10 @@ def evaluate_run(composed: Composed) -> None:
         "batch_size": config.batch_size,
     }
     folder = Path(config.out or restored.run / "eval" / restored.checkpoint.stem)
-    evaluate(folder, metrics, run_dir=restored.run, commit=settings["commit"], drawing=drawing, console=Console())
+    try:
+        evaluate(folder, metrics, run_dir=restored.run, commit=settings["commit"], drawing=drawing, console=Console())
+    except ValueError as error:  # too few images for a metric, or a folder drawn with other settings
+        raise ConfigError(str(error)) from error
 
 
 if __name__ == "__main__":

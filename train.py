@@ -41,7 +41,7 @@ def train(composed: Composed) -> int:
                 data.write()
             record.describe(data={"folder": str(config.data.folder), "fingerprint": data.fingerprint()})
         resumed = None if config.resume is None else find_checkpoint(config.resume, "resume")[0]
-        trainer.fit(model, data, ckpt_path=resumed)
+        trainer.fit(model, data, ckpt_path=resumed, weights_only=True)
         signal = next((c.interrupted for c in callbacks.values() if getattr(c, "interrupted", None)), None)
         if signal is not None:
             record.end("interrupted" if signal == "SIGINT" else "preempted", signal)

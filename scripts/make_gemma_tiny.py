@@ -259,9 +259,9 @@ def features(encoder: GemmaEncoder, texts: list[list[str]]) -> dict[str, tuple[T
     return {k: (torch.cat([x for x, _ in v]), torch.cat([y for _, y in v])) for k, v in found.items()}
 
 
-def ridge(x: Tensor, y: Tensor, classes: int, penalty: float = 1e-4) -> tuple[Tensor, Tensor]:
-    """Weight (c, classes) and bias (classes,): least-squares fit of the one-hot labels y (b,) on features x (b, c)."""
-    target = F.one_hot(y, classes).double()
+def ridge(x: Tensor, slots: Tensor, penalty: float = 1e-4) -> tuple[Tensor, Tensor]:
+    """Least-squares fit of all slots, one-hot side by side, on features x (b, c): weight (c, sum) and bias (sum,)."""
+    target = torch.cat([F.one_hot(slots[:, k], n) for k, n in enumerate(SLOTS.values())], 1).double()
     centre, middle = x.mean(0), target.mean(0)
     x = x - centre
     gram = x.T @ x
@@ -287,11 +287,12 @@ def probe(encoder: GemmaEncoder, fitted: int = 1500, tested: int = 500) -> dict[
     }
     result: dict[str, Any] = {}
     for kind, (x, y) in known.items():
-        maps = [ridge(x, y[:, k], classes) for k, classes in enumerate(SLOTS.values())]
+        weight, bias = ridge(x, y)
         result[kind] = {}
         for split, new in splits.items():
             z, truth = new[kind]
-            right = torch.stack([(z @ w + b).argmax(1) == truth[:, k] for k, (w, b) in enumerate(maps)], 1).double()
+            read = (z @ weight + bias).split(list(SLOTS.values()), 1)
+            right = (torch.stack([scores.argmax(1) for scores in read], 1) == truth).double()
             result[kind][split] = dict(zip(SLOTS, right.mean(0).tolist(), strict=True))
             result[kind][split]["all"] = right.prod(1).mean().item()
     return result

@@ -33,9 +33,7 @@ def parser() -> argparse.ArgumentParser:
     kinds = top.add_subparsers(dest="kind", required=True, metavar="KIND")
 
     made = kinds.add_parser("scenes", help="64x64 scenes of plain shapes with prompts and captions")
-    made.add_argument(
-        "folder", metavar="DST", help="new or empty folder, or one to complete or to add a split to"
-    )
+    made.add_argument("folder", metavar="DST", help="new or empty folder, or one to complete or to add a split to")
     made.add_argument("--count", type=int, required=True, help="images in all")
     made.add_argument("--seed", type=int, required=True, help="sets with different seeds share no scene")
     made.add_argument("--held-out", action="store_true", help="only combinations that training never sees")

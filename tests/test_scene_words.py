@@ -164,9 +164,7 @@ def test_eval_prompts(held_out: bool) -> None:
             assert e.get("position", ["above", 0])[0] in RELATIONS
     by_task = {t: [p["prompt"] for p in prompts if p["tag"] == t] for t in tasks}
     if held_out:
-        assert set(Counter(by_task["colors"])) == {
-            f"{article(c)} {s}" for c, s, r in HELD_OUT if r == "alone"
-        }
+        assert set(Counter(by_task["colors"])) == {f"{article(c)} {s}" for c, s, r in HELD_OUT if r == "alone"}
         assert all(any(c in p.split() for c in COLORS) for p in by_task["position"])
     else:
         assert {t: len(set(ps)) for t, ps in by_task.items()} == {
@@ -181,9 +179,7 @@ def test_eval_prompts(held_out: bool) -> None:
         named = [any(c in p.split() for c in COLORS) for p in by_task["position"]]
         assert named == [True, False] * 50
         lines = [p for p in prompts if p["tag"] == "counting"]
-        assert all(
-            p["exclude"] == [{**p["include"][0], "count": p["include"][0]["count"] + 1}] for p in lines
-        )
+        assert all(p["exclude"] == [{**p["include"][0], "count": p["include"][0]["count"] + 1}] for p in lines)
     assert prompts == eval_prompts(100, seed=3, held_out=held_out)
     assert prompts != eval_prompts(100, seed=4, held_out=held_out)
     shorter = eval_prompts(7, seed=3, held_out=held_out)

@@ -141,9 +141,7 @@ def _start_worker(counter: Any) -> None:
     _written = counter
 
 
-def _write_shard_in_worker(
-    folder: Path, scenes: SceneSet, name: str, first: int, last: int
-) -> dict[str, Any]:
+def _write_shard_in_worker(folder: Path, scenes: SceneSet, name: str, first: int, last: int) -> dict[str, Any]:
     def advance(images: int) -> None:
         with _written.get_lock():
             _written.value += images
@@ -177,9 +175,7 @@ def _read_index(folder: Path, scenes: SceneSet) -> tuple[dict[str, dict[str, Any
         ours = {_LOCK, f".{INDEX}{_PARTIAL}"}
         strangers = sorted(p.name for p in folder.iterdir() if p.name not in ours)
         if strangers:
-            raise FileExistsError(
-                f"{folder} holds {strangers[0]!r} and no {INDEX}: give an empty or a new folder"
-            )
+            raise FileExistsError(f"{folder} holds {strangers[0]!r} and no {INDEX}: give an empty or a new folder")
         return {}, {}
     try:
         index = json.loads((folder / INDEX).read_text())

@@ -133,9 +133,7 @@ def _between(rng: random.Random, low: float, high: float) -> float:
     return low + (high - low) * rng.random()
 
 
-def _place(
-    rng: random.Random, shapes: Sequence[str], relation: str | None
-) -> list[tuple[float, float, float]]:
+def _place(rng: random.Random, shapes: Sequence[str], relation: str | None) -> list[tuple[float, float, float]]:
     """(cx, cy, size) for each shape: apart, inside, in the given relation (second to first) if any."""
     low, high = SIZES[len(shapes)]
     while True:  # new sizes when the places do not work out
@@ -262,9 +260,7 @@ def metadata(scene: Scene) -> dict[str, Any]:
     """The scene's prompt as a line of GenEval's metadata: tag, include, exclude, prompt."""
     if scene.task == "counting":
         return entry(scene.task, [{"class": scene.objects[0].shape, "count": len(scene.objects)}])
-    include = [
-        {"class": o.shape, "count": 1} | ({"color": o.color} if scene.named else {}) for o in scene.objects
-    ]
+    include = [{"class": o.shape, "count": 1} | ({"color": o.color} if scene.named else {}) for o in scene.objects]
     if scene.relation is not None:
         include[1]["position"] = [scene.relation, 0]
     return entry(scene.task, include)

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 
-def psnr(x: Float[Tensor, "b c h w"], y: Float[Tensor, "b c h w"]) -> Float[Tensor, "b"]:
+def psnr(x: Float[Tensor, "b c h w"], y: Float[Tensor, "b c h w"]) -> Float[Tensor, " b"]:
     """10 log10(peak^2 / mean squared difference) in dB, per image, for pixels in [-1, 1] (peak 2), both clipped to it.
 
     Infinite for equal images. A set's PSNR is the mean of its images' values.

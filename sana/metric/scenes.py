@@ -178,10 +178,7 @@ def _shape(alpha: np.ndarray, x: np.ndarray, y: np.ndarray) -> tuple[float, str,
         return ranked[0]
     # Blurred, perhaps: so are the templates then, and as blur moves the outline, the size is free too.
     tries = [
-        agreement(shape, grow, blur)
-        for _, shape, *_ in ranked[:3]
-        for grow in (0.94, 1.0, 1.06)
-        for blur in (0.7, 1.4)
+        agreement(shape, grow, blur) for _, shape, *_ in ranked[:3] for grow in (0.94, 1.0, 1.06) for blur in (0.7, 1.4)
     ]
     return max(ranked[0], *tries)
 
@@ -196,9 +193,7 @@ def detect(image: np.ndarray) -> list[Detection]:
         ValueError: when it is something else.
     """
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or min(image.shape[:2]) < 16:
-        raise ValueError(
-            f"image is {image.dtype} {image.shape}: expected uint8 (H, W, 3) of 16 pixels or more"
-        )
+        raise ValueError(f"image is {image.dtype} {image.shape}: expected uint8 (H, W, 3) of 16 pixels or more")
     pixels = image.astype(float)
     plane = _background(pixels)
     if plane is None:
@@ -284,9 +279,7 @@ def judge(found: list[Detection], metadata: Mapping[str, Any]) -> tuple[bool, st
     if len(found) != len(wanted):
         return False, f"{len(wanted)} objects asked for, {len(found)} found ({seen})"
     matches = [
-        order
-        for order in permutations(found)
-        if all(_fits(d, entry) for d, entry in zip(order, wanted, strict=True))
+        order for order in permutations(found) if all(_fits(d, entry) for d, entry in zip(order, wanted, strict=True))
     ]
     if not matches:
         shapes_right = sorted(str(d.shape) for d in found) == sorted(entry["class"] for entry in wanted)
@@ -318,9 +311,7 @@ def score(image: np.ndarray, metadata: Mapping[str, Any]) -> Verdict:
         if entry["class"] not in SHAPES or entry.get("color", "red") not in COLORS:
             raise ValueError(f"unknown shape or colour in {entry}: see sana.scenes")
         if "position" in entry and any(other["count"] != 1 for other in metadata["include"]):
-            raise ValueError(
-                f"a relation between several objects in {metadata['include']}: expected one each"
-            )
+            raise ValueError(f"a relation between several objects in {metadata['include']}: expected one each")
     found = detect(image)
     return Verdict(*judge(found, metadata), tuple(found))
 

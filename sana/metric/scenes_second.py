@@ -55,9 +55,7 @@ class Find(NamedTuple):
 
 # --- colour -----------------------------------------------------------------------------------------
 
-_XYZ = np.array(
-    [[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.072175], [0.0193339, 0.119192, 0.9503041]]
-)
+_XYZ = np.array([[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.072175], [0.0193339, 0.119192, 0.9503041]])
 _WHITE = _XYZ.sum(1)
 
 
@@ -73,9 +71,7 @@ def lab(rgb: np.ndarray) -> np.ndarray:
     """CIE Lab (D65) of sRGB uint8 (..., 3)."""
     ratio = _LIGHT[rgb] @ (_XYZ / _WHITE[:, None]).T
     f = np.where(ratio > 216 / 24389, np.cbrt(ratio), (24389 / 27 * ratio + 16) / 116)
-    return np.stack(
-        [116 * f[..., 1] - 16, 500 * (f[..., 0] - f[..., 1]), 200 * (f[..., 1] - f[..., 2])], axis=-1
-    )
+    return np.stack([116 * f[..., 1] - 16, 500 * (f[..., 0] - f[..., 1]), 200 * (f[..., 1] - f[..., 2])], axis=-1)
 
 
 _STRANGERS = {"white": (255, 255, 255), "violet": (130, 40, 200)}  # no colours of the scenes, but near some
@@ -301,9 +297,7 @@ def _describe(
     name = _NAMES[int(far.argmin())] if far.min() <= FARTHEST else None
     # From 0 on the ground to 1 in the object; one half is as far from the one as from the other.
     near = np.pad(part[window], 2)
-    near = np.max(
-        [near[i : i + part[window].shape[0], j : j + part[window].shape[1]] for i, j in _DISC], axis=0
-    )
+    near = np.max([near[i : i + part[window].shape[0], j : j + part[window].shape[1]] for i, j in _DISC], axis=0)
     seen = colors[window] * _SHARPNESS
     a, b = _distance(seen, ground * _SHARPNESS), _distance(seen, color * _SHARPNESS)
     field = a / np.maximum(a + b, 1e-9)
@@ -353,11 +347,7 @@ def second(image: np.ndarray, metadata: Mapping[str, Any]) -> tuple[bool, str]:
     taken: dict[int, list[Find]] = {}
     entries = list(enumerate(metadata["include"]))
     for i, wanted in sorted(entries, key=lambda e: "color" not in e[1]):  # the choosy ones first
-        mine = [
-            f
-            for f in left
-            if f.shape == wanted["class"] and ("color" not in wanted or f.color == wanted["color"])
-        ]
+        mine = [f for f in left if f.shape == wanted["class"] and ("color" not in wanted or f.color == wanted["color"])]
         if len(mine) < wanted["count"]:
             return (
                 False,

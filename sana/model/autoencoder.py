@@ -72,7 +72,7 @@ class AutoencoderModule(Recipe):
         }
         super().__init__(plans, seed=seed, accumulate=accumulate)
         if autoencoder.scale != 1.0:
-            raise ValueError(f"AutoencoderModule normalises the latent itself: scale must be 1, got {autoencoder.scale}")
+            raise ValueError(f"AutoencoderModule normalises the latent: scale must be 1, got {autoencoder.scale}")
         if crop % autoencoder.ratio or not 0 <= adapt_from <= refine_from:
             raise ValueError(f"crop={crop} must be a multiple of the ratio {autoencoder.ratio}, and adapt_from="
                              f"{adapt_from} must not come after refine_from={refine_from}")  # fmt: skip

@@ -114,7 +114,7 @@ class Painter:
     def _negative(self, condition: Condition, negative: str) -> Condition:
         if not negative:
             return self.null_like(condition)
-        other = self.text_encoder.encode([negative] * condition.text.shape[0])
+        other = self.text_encoder.encode([negative] * condition.text.shape[0], instruct=False)
         return Condition(text=other.text, mask=other.mask)
 
 

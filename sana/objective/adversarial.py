@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 
-def hinge_discriminator(real: Float[Tensor, "b ..."], fake: Float[Tensor, "b ..."]) -> Float[Tensor, "b"]:
+def hinge_discriminator(real: Float[Tensor, "b ..."], fake: Float[Tensor, "b ..."]) -> Float[Tensor, " b"]:
     """mean(max(0, 1 - real)) + mean(max(0, 1 + fake)) per sample (Lim and Ye 2017, arXiv 1705.02894).
 
     Args:
@@ -16,7 +16,7 @@ def hinge_discriminator(real: Float[Tensor, "b ..."], fake: Float[Tensor, "b ...
     return (1 - real).relu().flatten(1).mean(1) + (1 + fake).relu().flatten(1).mean(1)
 
 
-def hinge_generator(fake: Float[Tensor, "b ..."]) -> Float[Tensor, "b"]:
+def hinge_generator(fake: Float[Tensor, "b ..."]) -> Float[Tensor, " b"]:
     """-mean(fake) per sample: the generator's side of the hinge loss."""
     return -fake.flatten(1).mean(1)
 

@@ -9,14 +9,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 
-def absolute(x: Float[Tensor, "b c h w"], y: Float[Tensor, "b c h w"]) -> Float[Tensor, "b"]:
+def absolute(x: Float[Tensor, "b c h w"], y: Float[Tensor, "b c h w"]) -> Float[Tensor, " b"]:
     """Mean absolute difference of the pixels (L1)."""
     return (x - y).abs().flatten(1).mean(1)
 
 
 def perceptual(
     x: Sequence[Float[Tensor, "b _ _ _"]], y: Sequence[Float[Tensor, "b _ _ _"]], eps: float = 1e-6
-) -> Float[Tensor, "b"]:
+) -> Float[Tensor, " b"]:
     """Distance of two images in the features of a frozen network, averaged over its layers.
 
     As LPIPS (Zhang et al. 2018, arXiv 1801.03924, equation 1) with all channel weights 1: features are scaled to unit

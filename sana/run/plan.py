@@ -167,17 +167,25 @@ def _devices(config: DictConfig) -> int:
 
 
 def state_bytes(factory: Callable[..., torch.optim.Optimizer], network: nn.Module) -> int:
-    """Bytes of an optimizer's states after its first step, taken on the meta device by one parameter of each shape."""
+    """Bytes of an optimizer's states after its first step, taken by one parameter of each shape, without data where
+    the optimizer can."""
     shapes = Counter(tuple(p.shape) for p in network.parameters() if p.requires_grad)
     total = 0
     for shape, count in shapes.items():
-        parameter = nn.Parameter(torch.empty(shape, device="meta"))
-        parameter.grad = torch.empty_like(parameter)
-        optimizer = factory([parameter])
-        optimizer.step()
-        tensors = [v for state in optimizer.state.values() for v in state.values() if isinstance(v, torch.Tensor)]
-        total += count * sum(t.numel() * t.element_size() for t in tensors)
+        try:
+            states = _step(factory, shape, "meta")
+        except RuntimeError:  # fused kernels exist for real devices only
+            states = _step(factory, shape, "cpu")
+        total += count * sum(t.numel() * t.element_size() for t in states)
     return total
+
+
+def _step(factory: Callable[..., torch.optim.Optimizer], shape: tuple[int, ...], device: str) -> list[torch.Tensor]:
+    parameter = nn.Parameter(torch.zeros(shape, device=device))
+    parameter.grad = torch.zeros_like(parameter)
+    optimizer = factory([parameter])
+    optimizer.step()
+    return [v for state in optimizer.state.values() for v in state.values() if isinstance(v, torch.Tensor)]
 
 
 def text_parameters(node: DictConfig) -> int | None:

@@ -128,8 +128,8 @@ def test_a_wrong_value_names_its_file(tmp_path: Path, monkeypatch: pytest.Monkey
     for owner in (module, groups):
         monkeypatch.setattr(owner, "CONF", conf)
     for name, old, new, line in (
-        ("sampler/flow_dpm.yaml", "steps: 20", "steps: twenty", "sampler.steps: 'twenty' is text, expected int"),
-        ("network/tiny.yaml", "  patch: 1", "  pacth: 1", "network.pacth: unknown key; did you mean network.patch?"),
+        ("sampler/flow_dpm.yaml", "order: 2", "order: two", "sampler.solver.order: 'two' is text, expected int"),
+        ("trainer/default.yaml", "devices:", "device:", "trainer.device: unknown key; did you mean trainer.devices?"),
         ("train.yaml", "seed: 0 ", "seed: [0] ", "seed: [0] is a list, expected int"),
     ):
         path = conf / name

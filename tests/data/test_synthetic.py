@@ -133,9 +133,7 @@ def test_metadata_is_geneval() -> None:
         assert sum(e["count"] for e in facts["include"]) == len(scene.objects)
         assert all(("color" in e) == scene.named for e in facts["include"])
         positions = [e.get("position") for e in facts["include"]]
-        assert positions == (
-            [None, [scene.relation, 0]] if scene.task == "position" else [None] * len(positions)
-        )
+        assert positions == ([None, [scene.relation, 0]] if scene.task == "position" else [None] * len(positions))
 
 
 def _clearly(relation: str, a: dict, b: dict) -> bool:

@@ -79,7 +79,7 @@ def test_held_out_agrees_with_the_scenes(script):
 
 
 def test_probe_reads_every_slot(script, encoder):
-    table = script.probe(encoder, 600, 150)
+    table = script.probe(encoder, 400, 100)
     for kind, least in (("last", 0.99), ("mean", 0.99), ("each", 0.98)):
         for split in ("seen", "held_out"):
             assert min(table[kind][split].values()) >= least, (kind, split, table[kind][split])
@@ -97,15 +97,16 @@ def test_probe_fails_without_meaning(script, encoder):
             ids, _ = encoder._tokenise(list(captions), "", longest=True)
             return type(condition)(text=words[ids], mask=condition.mask)
 
-    table = script.probe(Bag(), 300, 60)
-    assert table["mean"]["seen"]["relation"] > 0.9
-    assert table["mean"]["seen"]["color1"] < 0.9
+    table = script.probe(Bag(), 200, 40)
+    assert table["mean"]["seen"]["background"] > 0.9  # a word of its own
+    assert table["mean"]["held_out"]["color2"] < 0.8  # which of the two colours?
+    assert table["mean"]["seen"]["all"] < 0.85
     assert table["last"]["seen"]["all"] < 0.5
 
 
 def test_prompts_are_apart(script, encoder):
-    distance = script.separation(encoder, ("red", "pink", "orange"))
-    assert distance["prompts"] == 18 * 17 * 4
+    distance = script.separation(encoder, ("red", "orange"))
+    assert distance["prompts"] == 12 * 11 * 4
     assert distance["nearest"] >= 0.2
     assert distance["order"] >= 0.3
     recorded = json.loads((FOLDER / "results.json").read_text())["separation"]
@@ -113,7 +114,8 @@ def test_prompts_are_apart(script, encoder):
     assert 0.25 <= recorded["nearest"] <= distance["nearest"] * 1.05
 
 
-def test_same_seed_same_weights(script, tmp_path):
+def test_same_seed_same_weights(script, tmp_path, monkeypatch):
+    monkeypatch.setattr(script, "separation", lambda encoder: {})  # of all prompts: seconds
     for name in ("a", "b"):
         torch.rand(3)
         script.main(["--out", str(tmp_path / name), "--steps", "3", "--scenes", "20", "--batch", "8", "--probe", "5"])

@@ -29,7 +29,7 @@ def test_learns_and_repeats(seed: int) -> None:
     assert losses[0] == losses[1]
     assert losses[0][-1] < 0.3 < losses[0][0]
     assert not net.training
-    (image, target), = batches(1, seed + 10)
+    ((image, target),) = batches(1, seed + 10)
     assert ((net(image) > 0) == target.bool()).float().mean() > 0.95
 
 

@@ -56,9 +56,7 @@ def planted(index: int) -> list[Planted]:
     if scene.named:
         changed["wrong colour"] = put(_recolor(o, _other(rng, tuple(COLORS), *colors)))
     if scene.task == "color_attr":
-        changed["swapped colours"] = [
-            _recolor(p, q.color) for p, q in zip(objects, objects[::-1], strict=True)
-        ]
+        changed["swapped colours"] = [_recolor(p, q.color) for p, q in zip(objects, objects[::-1], strict=True)]
     if len(objects) > 1:
         changed["missing"] = objects[:k] + objects[k + 1 :]
     place = _room(scene, rng, 14.0)
@@ -90,10 +88,7 @@ def degradations(seed: int = 0) -> dict[str, Callable[[np.ndarray], np.ndarray]]
         y, x = np.meshgrid(np.arange(64.0), np.arange(64.0), indexing="ij")
         p = rng.uniform(0, 2 * np.pi, 2)
         at = [y + np.sin(x / 8 + p[0]), x + np.sin(y / 8 + p[1])]
-        channels = [
-            ndimage.map_coordinates(image[..., c].astype(float), at, order=1, mode="nearest")
-            for c in range(3)
-        ]
+        channels = [ndimage.map_coordinates(image[..., c].astype(float), at, order=1, mode="nearest") for c in range(3)]
         return uint8(np.stack(channels, -1))
 
     def ring(image: np.ndarray) -> np.ndarray:

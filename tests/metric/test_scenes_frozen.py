@@ -22,9 +22,7 @@ def digests() -> dict[str, str]:
 
 
 def test_scorers_are_frozen() -> None:
-    assert digests() == json.loads(FROZEN.read_text()), (
-        "a scorer has changed: see the first lines of this file"
-    )
+    assert digests() == json.loads(FROZEN.read_text()), "a scorer has changed: see the first lines of this file"
 
 
 if __name__ == "__main__":

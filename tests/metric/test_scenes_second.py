@@ -91,9 +91,7 @@ def test_nothing_passes() -> None:
 
 def test_hues_of_the_palette_are_apart() -> None:
     """The palette is separable by hue or darkness alone, whatever the colour space."""
-    hues = sorted(
-        colorsys.rgb_to_hsv(*(c / 255 for c in rgb))[0] * 360 for n, rgb in COLORS.items() if n != "black"
-    )
+    hues = sorted(colorsys.rgb_to_hsv(*(c / 255 for c in rgb))[0] * 360 for n, rgb in COLORS.items() if n != "black")
     gaps = np.diff([*hues, hues[0] + 360])
     assert gaps.min() > 18
     labs = lab(np.array(list(COLORS.values()), np.uint8))

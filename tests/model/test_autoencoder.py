@@ -45,27 +45,27 @@ class Rectangles(LightningDataModule):
 def make(seed: int = 0, **changes: object) -> AutoencoderModule:
     torch.manual_seed(seed)
     sides = {"widths": (8, 8, 16), "depths": (0, 1, 1), "attention": (False, False, False)}
-    settings: dict[str, object] = dict(
-        autoencoder=DCAE(
+    settings: dict[str, object] = {
+        "autoencoder": DCAE(
             channels=4,
             scale=1.0,
             decoder_shuffle=True,
             **{f"{side}_{key}": value for side in ("encoder", "decoder") for key, value in sides.items()},
         ),
-        discriminator=PatchDiscriminator(width=8, depth=2),
-        perceptual_net=AttributeNet(3, widths=(8, 8)),
-        optimizer=partial(torch.optim.AdamW, lr=3e-3),
-        schedule=lambda update: 1.0,
-        discriminator_optimizer=partial(torch.optim.AdamW, lr=1e-3),
-        perceptual_weight=0.1,
-        adversarial_weight=0.1,
-        crop=8,
-        adapt_from=100,
-        refine_from=1000,
-        latent_noise=0.1,
-        ema_decay=0.9,
-        seed=seed,
-    )
+        "discriminator": PatchDiscriminator(width=8, depth=2),
+        "perceptual_net": AttributeNet(3, widths=(8, 8)),
+        "optimizer": partial(torch.optim.AdamW, lr=3e-3),
+        "schedule": lambda update: 1.0,
+        "discriminator_optimizer": partial(torch.optim.AdamW, lr=1e-3),
+        "perceptual_weight": 0.1,
+        "adversarial_weight": 0.1,
+        "crop": 8,
+        "adapt_from": 100,
+        "refine_from": 1000,
+        "latent_noise": 0.1,
+        "ema_decay": 0.9,
+        "seed": seed,
+    }
     return AutoencoderModule(**{**settings, **changes})  # type: ignore[arg-type]
 
 
@@ -182,7 +182,7 @@ def test_scene_attributes_name_what_is_there() -> None:
     from sana.data.synthetic import make_scene
     from sana.scenes import COLORS, SHAPES
 
-    (image, target), = labelled_scenes(1, 6, seed=3)
+    ((image, target),) = labelled_scenes(1, 6, seed=3)
     assert image.shape == (6, 3, 64, 64)
     assert target.shape == (6, ATTRIBUTES)
     for i, row in enumerate(target):

@@ -100,8 +100,11 @@ def test_repeating_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     with pytest.raises(ConfigError, match="not the directory of a run"):
         prepare("train", rerun=tmp_path)
     text = (path / "config.yaml").read_text()
-    (path / "config.yaml").write_text(text.replace("clip_norm: 0.1", "clip_norm: 0.2"))
-    with pytest.raises(ConfigError, match=r"model.clip_norm was 0.2 and would be 0.1"):
+    older = yaml.safe_load(text)
+    clip = older["model"]["clip_norm"]
+    older["model"]["clip_norm"] = 0.123
+    (path / "config.yaml").write_text(yaml.safe_dump(older))
+    with pytest.raises(ConfigError, match=f"model.clip_norm was 0.123 and would be {clip}"):
         prepare("train", rerun=path)
     assert prepare("train", ["model.clip_norm=0.3"], rerun=path).config.model.clip_norm == 0.3
     seen: list[Composed] = []

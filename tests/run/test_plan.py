@@ -19,6 +19,13 @@ from sana.run.plan import gemma2_parameters, make_plan, state_bytes
 from sana.types import Condition, Grid
 
 ROOT = Path(__file__).resolve().parents[2]
+SMALL = [
+    "network.width=64",
+    "block.cross.heads=2",
+    "network.patch=1",
+    "network.in_channels=4",
+    "network.text_channels=64",
+]
 COUNTS = {
     "sana_600m": 591_747_872,
     "sana_1600m": 1_604_462_752,
@@ -64,9 +71,9 @@ def came_state_bytes(shapes: list[tuple[int, ...]]) -> int:
     return total
 
 
-@pytest.mark.parametrize("optimizer", ["came", "adamw"])
+@pytest.mark.parametrize("optimizer", ["came", "adamw", "tiny"])
 def test_optimizer_states_are_those_of_the_formula(optimizer: str) -> None:
-    config = compose("train", ["network.width=64", "network.depth=2", f"optimizer={optimizer}"]).config
+    config = compose("train", [*SMALL, "network.depth=2", f"optimizer={optimizer}"]).config
     with torch.device("meta"):
         network = build(config.network, "network")
     shapes = [tuple(p.shape) for p in network.parameters()]
@@ -102,7 +109,7 @@ def real_saved_bytes(network: torch.nn.Module, shape: Shape, bf16: bool) -> int:
 @pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("depth", [1, 3])
 def test_activations_are_those_of_real_tensors(depth: int, bf16: bool) -> None:
-    config = compose("train", ["network.width=64", f"network.depth={depth}"]).config
+    config = compose("train", [*SMALL, f"network.depth={depth}"]).config
 
     def network(layers: int) -> torch.nn.Module:
         changed = config.copy()
@@ -115,7 +122,7 @@ def test_activations_are_those_of_real_tensors(depth: int, bf16: bool) -> None:
 
 
 def test_recomputation_leaves_inputs_and_one_block() -> None:
-    config = compose("train", ["network.width=64"]).config
+    config = compose("train", SMALL).config
 
     def network(layers: int) -> torch.nn.Module:
         changed = config.copy()

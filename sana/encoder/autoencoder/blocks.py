@@ -132,8 +132,8 @@ class Downsample(nn.Module):
     def __init__(self, inputs: int, outputs: int, shuffle: bool, shortcut: bool = True) -> None:
         super().__init__()
         if (shortcut and 4 * inputs % outputs) or (shuffle and outputs % 4):
-            raise ValueError(f"downsampling from {inputs} to {outputs} channels: the shortcut needs outputs to divide 4 x "
-                             "inputs, and shuffling needs outputs to be a multiple of 4")  # fmt: skip
+            raise ValueError(f"downsampling from {inputs} to {outputs} channels: the shortcut needs outputs to divide "
+                             "4 x inputs, and shuffling needs outputs to be a multiple of 4")  # fmt: skip
         self.outputs, self.shuffle, self.shortcut = outputs, shuffle, shortcut
         self.conv = nn.Conv2d(inputs, outputs // 4 if shuffle else outputs, 3, 1 if shuffle else 2, padding=1)
 

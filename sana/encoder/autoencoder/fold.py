@@ -33,7 +33,7 @@ def fold_shortcut(model: DCAE) -> DCAE:
 
 
 @torch.no_grad()
-def map_encoder(model: DCAE, matrix: Float[Tensor, "c c"], shift: Float[Tensor, "c"]) -> None:
+def map_encoder(model: DCAE, matrix: Float[Tensor, "c c"], shift: Float[Tensor, " c"]) -> None:
     """Changes the encoder in place such that `encode` gives matrix z + shift where it gave z."""
     conv = _convolution(model, model.encoder.output)
     matrix, shift = matrix.to(conv.weight), shift.to(conv.weight)
@@ -54,7 +54,7 @@ def map_decoder(model: DCAE, matrix: Float[Tensor, "c c"]) -> None:
 
 def moments(
     latent: Float[Tensor, "b c h w"],
-) -> tuple[Float[Tensor, "c"], Float[Tensor, "c c"]]:
+) -> tuple[Float[Tensor, " c"], Float[Tensor, "c c"]]:
     """Mean and covariance of the channels over all samples and places, in float64."""
     rows = latent.double().movedim(1, -1).flatten(0, -2)
     return rows.mean(0), torch.cov(rows.T, correction=0)

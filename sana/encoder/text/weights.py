@@ -44,7 +44,9 @@ def load_gemma(path: str, dtype: torch.dtype) -> tuple[nn.Module, Any]:
         ValueError: they hold another architecture, or lack weights.
     """
     from transformers import AutoConfig, AutoTokenizer, Gemma2Model
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()  # a bar per tensor, done in a blink
     model_path, tokenizer_path = _locate(path)
     try:
         config = AutoConfig.from_pretrained(model_path)
