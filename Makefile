@@ -20,7 +20,7 @@ demo: setup  ## train the tiny recipe, judge it, draw, and write a report
 	@$(BIN)/python scripts/demo.py
 
 test: setup  ## every test that fits on two CPU cores
-	$(BIN)/python -m pytest -q --durations=10
+	$(BIN)/python -m pytest -q -n 2 --durations=10
 
 lint: setup
 	$(BIN)/ruff check .
@@ -29,7 +29,7 @@ lint: setup
 	$(BIN)/pyright
 
 check: lint  ## what green means: lint, types, import contracts, fast tests
-	$(BIN)/python -m pytest -q -m "not slow"
+	$(BIN)/python -m pytest -q -n 2 -m "not slow"
 
 lock:  ## resolve requirements.lock anew
 	@test -x $(BIN)/uv || ($(PYTHON) -m venv $(VENV) && $(BIN)/python -m pip install --quiet uv)

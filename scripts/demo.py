@@ -31,9 +31,7 @@ def call(what: str, *command: str) -> float:
 
 def main() -> None:
     """Train, evaluate, sample; then say where everything lies."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", help="passed to train.py, such as trainer.max_steps=100")
     overrides = parser.parse_args().overrides
     run = Path("runs") / "demo" / datetime.now().strftime("%Y%m%d_%H%M%S")

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from omegaconf import OmegaConf
 from PIL import Image
 from torch import Tensor
 
@@ -32,6 +33,7 @@ def main() -> None:
     parser.add_argument("weights", type=Path)
     parser.add_argument("--count", type=int, default=1200, help="scenes; every fourth states a held-out combination")
     parser.add_argument("--out", type=Path, help="write the numbers as JSON")
+    parser.add_argument("--run", type=Path, help="run directory that made the weights: adds seconds, seed and commit")
     parser.add_argument("--sheet", type=Path, help="write a PNG: originals above reconstructions")
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
@@ -41,11 +43,24 @@ def main() -> None:
     image = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
     result = {"weights": arguments.weights.name, "scenes": arguments.count, "bytes": arguments.weights.stat().st_size}
     result |= quality(model, image, metadata) | speed(model)
+    if arguments.run:
+        result |= origin(arguments.run)
     print(json.dumps(result, indent=1))
     if arguments.out:
         arguments.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     if arguments.sheet:
         sheet(image[:32], mapped(model, image[:32]), arguments.sheet)
+
+
+def origin(run: Path) -> dict[str, object]:
+    """Where the weights come from, as the run's records say."""
+    environment = json.loads((run / "environment.json").read_text(encoding="utf-8"))
+    return {
+        "seconds": json.loads((run / "status.json").read_text(encoding="utf-8"))["seconds"],
+        "seed": OmegaConf.load(run / "config.yaml").seed,  # type: ignore[union-attr]
+        "commit": environment["git"]["commit"],
+        "dirty": environment["git"]["dirty"],
+    }
 
 
 def scenes(count: int) -> tuple[np.ndarray, list[dict]]:

@@ -4,6 +4,8 @@ set -eu
 cd "$(dirname "$0")/../.."
 here=experiments/dc_ae_tiny
 run=runs/dc_ae_tiny/shipped_$(date +%Y%m%d_%H%M%S)
-.venv/bin/python train.py experiment=dc_ae/tiny run.dir="$run" seed=0
+python=${PYTHON:-.venv/bin/python}
+"$python" train.py experiment=dc_ae/tiny run.dir="$run" seed=0
 cp "$run/autoencoder.safetensors" "$here/dc_ae_tiny.safetensors"
-PYTHONPATH=. .venv/bin/python "$here/measure.py" "$here/dc_ae_tiny.safetensors" --out "$here/measured.json" --sheet "$here/reconstructions.png"
+PYTHONPATH=. "$python" "$here/measure.py" "$here/dc_ae_tiny.safetensors" --run "$run" \
+    --out "$here/results.json" --sheet "$here/reconstructions.png"

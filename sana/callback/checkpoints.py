@@ -24,9 +24,7 @@ class Checkpoints(Callback):
 
     def __init__(self, every: int = 1000, keep: int = 2) -> None:
         if every < 1 or keep < 1:
-            raise ValueError(
-                f"callback.checkpoints: every and keep must be at least 1, got {every} and {keep}"
-            )
+            raise ValueError(f"callback.checkpoints: every and keep must be at least 1, got {every} and {keep}")
         self.every, self.keep = every, keep
         self.interrupted: str | None = None
         self._before: dict[int, Any] = {}
@@ -49,9 +47,7 @@ class Checkpoints(Callback):
         for number in (signal.SIGINT, signal.SIGTERM):
             self._before[number] = signal.signal(number, stop)
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Save when due."""
         step = trainer.global_step
         if step != self._saved and step % self.every == 0:

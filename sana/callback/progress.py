@@ -56,13 +56,9 @@ class TrainProgress(ProgressBar):
                 console=Console(stderr=True),
             )  # fmt: skip
             self._progress.start()
-            self._task = self._progress.add_task(
-                "train", total=self._total, completed=self._first, numbers=""
-            )
+            self._task = self._progress.add_task("train", total=self._total, completed=self._first, numbers="")
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Refresh when it is time."""
         now = time.perf_counter()
         due = self.refresh if self._progress else self.plain_every

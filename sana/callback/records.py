@@ -44,9 +44,7 @@ class Records(Callback):
         waited = time.perf_counter() - self._ended
         pl_module.seconds["data"] += max(waited - (pl_module.seconds["evaluation"] - self._evaluation), 0.0)
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Write a line when one is due."""
         step = trainer.global_step
         if step != self._last[0] and (step % self.every == 0 or step == 1):

@@ -32,9 +32,7 @@ class SampleGrid(Callback):
         self.every, self.size = every, size
         self._done = -1
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Draw when due."""
         if trainer.global_step != self._done and trainer.global_step % self.every == 0:
             with pl_module.timed("evaluation"):
@@ -51,9 +49,7 @@ class SampleGrid(Callback):
         prompts = [prompt for prompt in self.prompts for _ in range(self.per_prompt)]
         seeds = list(range(self.per_prompt)) * len(self.prompts)
         with recipe.averaged("network") as network, trainer.precision_plugin.forward_context():
-            painter = Painter(
-                network, recipe.frozen.autoencoder, recipe.frozen.text_encoder, recipe.null_like
-            )
+            painter = Painter(network, recipe.frozen.autoencoder, recipe.frozen.text_encoder, recipe.null_like)
             images = painter.draw(prompts, seeds, self.sampler, self.size, self.size)
         if trainer.is_global_zero:
             path = Path(trainer.default_root_dir) / "samples" / f"step_{trainer.global_step:08d}.png"

@@ -22,16 +22,12 @@ class ValidationLoss(Callback):
 
     def __init__(self, every: int = 500, bins: int = 10) -> None:
         if every < 1 or bins < 1:
-            raise ValueError(
-                f"callback.validation: every and bins must be at least 1, got {every} and {bins}"
-            )
+            raise ValueError(f"callback.validation: every and bins must be at least 1, got {every} and {bins}")
         self.every, self.bins = every, bins
         self._done = -1
         self._batch: Any = None
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Evaluate when due."""
         if trainer.global_step != self._done and trainer.global_step % self.every == 0:
             with pl_module.timed("evaluation"):

@@ -22,7 +22,6 @@ from sana.data.shards import ShardFolder
 from sana.ops.random import uniform
 from sana.types import Batch
 
-
 CaptionChoice = PowerScore | SoftmaxScore | Proportion
 
 
@@ -65,9 +64,7 @@ def collate(items: list[dict[str, Any]], *, seed: int, choice: CaptionChoice) ->
         image = to_tensor(np.stack([item["image"] for item in items]))
     else:
         latent = torch.from_numpy(np.stack([item["latent"] for item in items]))
-    return Batch(
-        image=image, latent=latent, caption=caption, index=index, key=[item["key"] for item in items]
-    )
+    return Batch(image=image, latent=latent, caption=caption, index=index, key=[item["key"] for item in items])
 
 
 class ShardsData(LightningDataModule):
@@ -136,9 +133,7 @@ class ShardsData(LightningDataModule):
             raise ValueError(
                 f"batch_size {self.batch_size} over {world} ranks and accumulate {self.accumulate} does not divide"
             )
-        batches = PositionBatches(
-            self.batch_size, start, trainer.global_rank, world, micro=share // self.accumulate
-        )
+        batches = PositionBatches(self.batch_size, start, trainer.global_rank, world, micro=share // self.accumulate)
         return self._loader(self.shards, self.latents, batches)
 
     def validation_shards(self) -> ShardFolder:
@@ -158,9 +153,7 @@ class ShardsData(LightningDataModule):
         wanted = [items[p] for p in range(min(self.validation, len(shards)))]
         return collate(wanted, seed=self.seed, choice=self.choice)
 
-    def _loader(
-        self, shards: ShardFolder, latents: np.ndarray | None, batches: PositionBatches
-    ) -> DataLoader[Any]:
+    def _loader(self, shards: ShardFolder, latents: np.ndarray | None, batches: PositionBatches) -> DataLoader[Any]:
         return DataLoader(
             Positions(shards, Order(len(shards), self.seed), latents),
             batch_sampler=batches,  # type: ignore[arg-type]

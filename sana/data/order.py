@@ -28,9 +28,7 @@ class Order:
         self._permutation = lru_cache(maxsize=2)(self._make)
 
     def _make(self, epoch: int) -> np.ndarray:
-        return np.random.Generator(np.random.Philox(key=[self.seed & (2**64 - 1), epoch])).permutation(
-            self.count
-        )
+        return np.random.Generator(np.random.Philox(key=[self.seed & (2**64 - 1), epoch])).permutation(self.count)
 
     def sample(self, position: int) -> int:
         """The sample at a position of the stream."""
@@ -51,17 +49,13 @@ class PositionBatches:
         ValueError: the global batch does not divide.
     """
 
-    def __init__(
-        self, batch: int, start: int = 0, rank: int = 0, world: int = 1, micro: int | None = None
-    ) -> None:
+    def __init__(self, batch: int, start: int = 0, rank: int = 0, world: int = 1, micro: int | None = None) -> None:
         if batch % world:
             raise ValueError(f"global batch {batch} does not divide by {world} processes")
         share = batch // world
         micro = micro or share
         if share % micro:
-            raise ValueError(
-                f"a rank's share of {share} samples does not divide into micro-batches of {micro}"
-            )
+            raise ValueError(f"a rank's share of {share} samples does not divide into micro-batches of {micro}")
         self.batch, self.start, self.rank, self.world, self.micro, self.share = (
             batch,
             start,

@@ -48,7 +48,8 @@ class ShardFolder:
         self.folder = Path(folder)
         if not self.folder.is_dir():
             raise FileNotFoundError(
-                f"data folder {self.folder} does not exist; make one with `python scripts/make_shards.py scenes {self.folder}`"
+                f"data folder {self.folder} does not exist; "
+                f"make one with `python scripts/make_shards.py scenes {self.folder}`"
             )
         pattern = f"{split}-*.tar" if split else "*.tar"
         self.paths = sorted(self.folder.glob(pattern))
@@ -94,9 +95,7 @@ class ShardFolder:
         return digest.hexdigest()
 
     def _read(self, shard: int, where: tuple[int, int]) -> bytes:
-        if (
-            self._pid != os.getpid()
-        ):  # a forked worker must not share file positions or descriptors' lifetimes
+        if self._pid != os.getpid():  # a forked worker must not share file positions or descriptors' lifetimes
             self._files, self._pid = {}, os.getpid()
         if shard not in self._files:
             self._files[shard] = os.open(self.paths[shard], os.O_RDONLY)

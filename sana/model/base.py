@@ -147,11 +147,7 @@ class Recipe(LightningModule):
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         if not torch.isfinite(norm):
             bad = next(
-                (
-                    n
-                    for n, p in module.named_parameters()
-                    if p.grad is not None and not p.grad.isfinite().all()
-                ),
+                (n for n, p in module.named_parameters() if p.grad is not None and not p.grad.isfinite().all()),
                 "?",
             )
             raise NonFiniteError(self._trouble(name, f"gradient is not finite, first in {bad}"))
@@ -231,7 +227,5 @@ class Recipe(LightningModule):
         self.samples_seen = int(checkpoint["samples_seen"])
         for name, plan in self.optimisation.items():
             if plan.ema_decay is not None and name not in checkpoint["ema"]:
-                raise KeyError(
-                    f"checkpoint has no moving average of {name!r}; it has {sorted(checkpoint['ema'])}"
-                )
+                raise KeyError(f"checkpoint has no moving average of {name!r}; it has {sorted(checkpoint['ema'])}")
         self._restored_ema = checkpoint["ema"]

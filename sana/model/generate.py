@@ -12,9 +12,7 @@ from sana.ops.random import normal
 from sana.sampler.guided import Sampler
 from sana.types import Condition, Prepared
 
-NOISE_SEED = (
-    0  # sampling noise is keyed by each image's own seed; this is the other half of the generator's key
-)
+NOISE_SEED = 0  # sampling noise is keyed by each image's own seed; this is the other half of the generator's key
 
 
 class Painter:
@@ -132,11 +130,4 @@ def _join(first: Condition, second: Condition) -> Condition:
 
 def to_pixels(images: Tensor) -> np.ndarray:
     """Images (b, 3, H, W) in [-1, 1] -> uint8 (b, H, W, 3), clamped and rounded."""
-    return (
-        (images.float().clamp(-1, 1) * 127.5 + 127.5)
-        .round()
-        .to(torch.uint8)
-        .permute(0, 2, 3, 1)
-        .cpu()
-        .numpy()
-    )
+    return (images.float().clamp(-1, 1) * 127.5 + 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()

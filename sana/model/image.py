@@ -114,9 +114,7 @@ class ImageModule(Recipe):
         autoencoder = self.frozen.autoencoder
         digest = hashlib.sha256(str(autoencoder).encode())
         for name, value in sorted(autoencoder.state_dict().items()):
-            digest.update(
-                name.encode() + value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
-            )
+            digest.update(name.encode() + value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
 
         def encode(images: Tensor) -> Tensor:
             with torch.no_grad():

@@ -30,9 +30,7 @@ def load_weights(module: ImageModule, checkpoint: str | Path, weights: Literal["
     if "state_dict" not in content or "updates" not in content:
         raise ValueError(f"{checkpoint}: no checkpoint of a training run (has {sorted(content)[:5]})")
     prefix = "network."
-    state = {
-        name[len(prefix) :]: value for name, value in content["state_dict"].items() if name.startswith(prefix)
-    }
+    state = {name[len(prefix) :]: value for name, value in content["state_dict"].items() if name.startswith(prefix)}
     average = content.get("ema", {}).get("network")
     if weights == "ema" and average is not None:
         state.update(average["shadow"])

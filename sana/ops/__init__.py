@@ -1,1 +1,1 @@
-"""Tensors in, tensors out: <op>/naive.py is the truth in plain torch, <op>/triton.py (later) the speed. No modules, no parameters."""
+"""Tensors in, tensors out: <op>/naive.py is the truth in plain torch. No modules, no parameters."""

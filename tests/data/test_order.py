@@ -38,9 +38,7 @@ def test_global_batches_do_not_depend_on_the_world(world: int, accumulate: int) 
     micro = batch // world // accumulate
     ranks = [take(PositionBatches(batch, 24, rank, world, micro), 3 * accumulate) for rank in range(world)]
     for step in range(3):
-        joined = [
-            p for rank in ranks for part in rank[step * accumulate : (step + 1) * accumulate] for p in part
-        ]
+        joined = [p for rank in ranks for part in rank[step * accumulate : (step + 1) * accumulate] for p in part]
         assert sorted(joined) == list(range(24 + 12 * step, 24 + 12 * (step + 1)))
 
 

@@ -71,9 +71,7 @@ def test_a_run_leaves_its_records(run: Path) -> None:
 def test_resuming_gives_the_weights_of_the_straight_run(run: Path, data: Path) -> None:
     ckpt = run / "checkpoints" / "step_00000003.ckpt"
     again = train(data.parent / "resumed", data, "trainer.max_steps=6", f"resume={ckpt}")
-    contents = [
-        torch.load(path / "checkpoints" / "step_00000006.ckpt", weights_only=True) for path in (run, again)
-    ]
+    contents = [torch.load(path / "checkpoints" / "step_00000006.ckpt", weights_only=True) for path in (run, again)]
     for part in ("state_dict",):
         for name, value in contents[0][part].items():
             assert torch.equal(value, contents[1][part][name]), name
@@ -85,7 +83,15 @@ def test_resuming_gives_the_weights_of_the_straight_run(run: Path, data: Path) -
 def test_the_same_seed_draws_the_same_pixels(run: Path, tmp_path: Path) -> None:
     pictures = []
     for out in ("a", "b"):
-        call("sample.py", f"ckpt={run}", "prompt=a red circle", "n=2", "seed=3", f"out={tmp_path / out}", "sampler.steps=2")
+        call(
+            "sample.py",
+            f"ckpt={run}",
+            "prompt=a red circle",
+            "n=2",
+            "seed=3",
+            f"out={tmp_path / out}",
+            "sampler.steps=2",
+        )
         pngs = sorted((tmp_path / out).glob("*.png"))
         assert len(pngs) == 2
         facts = json.loads(pngs[0].with_suffix(".json").read_text())

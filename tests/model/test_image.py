@@ -160,7 +160,11 @@ def test_same_seed_same_pixels_and_batches_do_not_matter() -> None:
 def test_guidance_is_the_formula() -> None:
     recipe = make()
     draw = painter(recipe)
-    sampler = Sampler(lambda velocity, x, grid: velocity(x, x.new_full((len(x),), 0.7)), lambda n: torch.ones(2), 1, 3.0)
+
+    def once(velocity, x, grid):  # type: ignore[no-untyped-def]
+        return velocity(x, x.new_full((len(x),), 0.7))
+
+    sampler = Sampler(once, lambda n: torch.ones(2), 1, 3.0)
     captured = {}
 
     def decode(latent: torch.Tensor) -> torch.Tensor:

@@ -21,9 +21,7 @@ class Toy(Recipe):
     """Two linear maps: "main" fits y = 3x, "second" is pushed to zero on every other micro-batch."""
 
     def __init__(self, accumulate: int = 1, clip: float | None = None, poison: int | None = None) -> None:
-        plan = Optimisation(
-            partial(torch.optim.SGD, lr=0.1, momentum=0.9), lambda u: min(1.0, (u + 1) / 4), clip, 0.9
-        )
+        plan = Optimisation(partial(torch.optim.SGD, lr=0.1, momentum=0.9), lambda u: min(1.0, (u + 1) / 4), clip, 0.9)
         second = Optimisation(partial(torch.optim.SGD, lr=0.01), lambda u: 1.0)
         super().__init__({"main": plan, "second": second}, seed=0, accumulate=accumulate)
         torch.manual_seed(0)
@@ -57,9 +55,7 @@ class Numbers(LightningDataModule):
         return DataLoader(range(10**9), batch_sampler=order)  # type: ignore[arg-type]
 
 
-def fit(
-    recipe: Toy, folder: Path, steps: int, resume: Path | None = None, micro: int | None = None
-) -> Trainer:
+def fit(recipe: Toy, folder: Path, steps: int, resume: Path | None = None, micro: int | None = None) -> Trainer:
     trainer = Trainer(
         max_steps=steps,
         accelerator="cpu",
@@ -158,9 +154,7 @@ def test_checkpoints_are_kept_by_number_and_whole(tmp_path: Path) -> None:
 
 def test_a_loss_that_is_not_finite_stops_at_once(tmp_path: Path) -> None:
     recipe = Toy(poison=9)
-    with pytest.raises(
-        NonFiniteError, match=r"loss is not finite at update 2 of main; samples sample8, sample9"
-    ):
+    with pytest.raises(NonFiniteError, match=r"loss is not finite at update 2 of main; samples sample8, sample9"):
         fit(recipe, tmp_path, 10)
     assert recipe.updates["main"] == 2
 
