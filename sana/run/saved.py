@@ -31,7 +31,7 @@ def prepare(entry: str, overrides: Sequence[str] = (), *, rerun: str | Path | No
     Raises:
         ConfigError: whatever the run could not start with, one line per problem.
     """
-    changed = bool(overrides)
+    changed = [text for text in overrides if not parse_override(text).key_or_group.startswith("run.")]
     if rerun is not None:
         overrides = [*overrides_of(rerun), *overrides]
     composed = compose(entry, overrides)

@@ -16,7 +16,7 @@ from sana.run.runs import load_runs
 
 ROOT = CONF.parent
 SMALL = ["data.count=256", "data.held=32", "data.batch_size=16", "data.validation=8", "callback.records.every=1",
-         "callback.samples=null", "callback.validation.bins=2", "trainer.precision=32-true", "network.depth=2"]  # fmt: skip
+         "callback.samples=null", "callback.validation.bins=2", "trainer.precision=32-true"]  # fmt: skip
 
 
 def call(*command: str, code: int = 0) -> str:
