@@ -24,7 +24,7 @@ class Records(Callback):
         if every < 1:
             raise ValueError(f"callback.records.every must be at least 1, got {every}")
         self.every = every
-        self.log: MetricsLog | None = None
+        self.metrics: MetricsLog | None = None
         self._last = (0, 0, 0.0)  # updates, samples, wall time at the last line
         self._ended = 0.0
         self._evaluation = 0.0  # seconds of evaluation when the last step ended
@@ -32,7 +32,7 @@ class Records(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Open the log; a resumed run appends."""
         if trainer.is_global_zero:
-            self.log = MetricsLog(Path(trainer.default_root_dir) / "metrics.jsonl")
+            self.metrics = MetricsLog(Path(trainer.default_root_dir) / "metrics.jsonl")
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Start the clocks."""
@@ -66,16 +66,16 @@ class Records(Callback):
 
     def write(self, trainer: Trainer, step: int, row: dict[str, float]) -> None:
         """Append one line and pass it to the trainer's loggers; other callbacks log through this too."""
-        if self.log is not None:
-            self.log.write(step, row)
+        if self.metrics is not None:
+            self.metrics.write(step, row)
         for logger in trainer.loggers:
             logger.log_metrics(row, step)
 
     def teardown(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         """Close the log."""
-        if self.log is not None:
-            self.log.close()
-            self.log = None
+        if self.metrics is not None:
+            self.metrics.close()
+            self.metrics = None
 
 
 def log_row(trainer: Trainer, row: dict[str, float]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,9 +28,9 @@ class Painter:
 
     def __init__(
         self,
-        network: nn.Module,
-        autoencoder: nn.Module,
-        text_encoder: nn.Module,
+        network: Any,
+        autoencoder: Any,
+        text_encoder: Any,
         null_like: Callable[[Condition], Condition],
     ) -> None:
         self.network, self.autoencoder, self.text_encoder = network, autoencoder, text_encoder

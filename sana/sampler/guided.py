@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -20,14 +20,14 @@ class Sampler:
         grid: number of steps -> decreasing times from (nearly) 1 to 0, ``steps + 1`` of them.
         steps: network evaluations (twice that many with guidance).
         guidance: scale g of ``u + g (c - u)``; 1 means the conditional velocity alone.
-        interval: guidance acts where ``interval[0] < t < interval[1]``.
+        interval: guidance acts where ``interval[0] <= t <= interval[1]``.
     """
 
     solver: Callable[[Velocity, Tensor, Tensor], Tensor]
     grid: Callable[[int], Tensor]
     steps: int = 20
     guidance: float = 4.5
-    interval: tuple[float, float] = (0.0, 1.0)
+    interval: Sequence[float] = (0.0, 1.0)
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -52,5 +52,6 @@ class Sampler:
             noise: standard normal.
         """
         times = self.grid(self.steps).to(noise.device)
-        velocity = cfg(pair, self.guidance, tuple(self.interval), conditional) if self.guided else conditional
+        low, high = self.interval
+        velocity = cfg(pair, self.guidance, (low, high), conditional) if self.guided else conditional
         return self.solver(velocity, noise, times)
