@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 RUN ?= runs/demo
 
-.PHONY: setup demo test check lint lock scenes bench clean
+.PHONY: setup demo test check lint lock clean
 
 setup: $(STAMP)  ## make .venv with exactly what requirements.lock names
 

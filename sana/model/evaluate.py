@@ -23,9 +23,10 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from sana.run.environment import peak_rss_gib
 from sana.run.records import to_json, write_atomically
 from sana.run.report import make_report
-from sana.run.results import peak_rss_gib, read_results, results_table, training_facts, write_results
+from sana.run.results import read_results, results_table, training_facts, write_results
 from sana.run.sidecar import REQUIRED, read_image, read_sidecar, save_image
 
 ImagesFn = Callable[[list[str], list[int]], NDArray[np.uint8]]

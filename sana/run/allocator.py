@@ -13,7 +13,7 @@ def keep_pages() -> bool:
     """Let glibc keep freed memory instead of giving it back to the kernel.
 
     By default a block of more than some megabytes is mapped when allocated and unmapped when freed, so each step of
-    training on a CPU pays for zeroing the pages of its activations again: some 15 % of a small network's step.
+    training on a CPU pays for zeroing the pages of its activations again: up to a tenth of a small network's step.
 
     Returns:
         Whether it took effect; False where the C library is another one.

@@ -10,8 +10,6 @@ numbers depend on; `steps`, `seconds` and `peak_rss_gib` of training and evaluat
 from __future__ import annotations
 
 import json
-import resource
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -58,12 +56,6 @@ def training_facts(run_dir: str | Path) -> dict[str, Any]:
         "seconds": status.get("seconds") or (max(times) - min(times) if times else None),
         "peak_rss_gib": status.get("peak_rss_gib"),
     }
-
-
-def peak_rss_gib() -> float:
-    """Peak resident memory of this process so far, in GiB."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**30 if sys.platform == "darwin" else 2**20)
 
 
 def results_table(results: Mapping[str, Any]) -> Table:

@@ -8,7 +8,8 @@ import sys
 import numpy as np
 from rich.console import Console
 
-from sana.run.results import peak_rss_gib, read_results, results_table, training_facts, write_results
+from sana.run.environment import peak_rss_gib
+from sana.run.results import read_results, results_table, training_facts, write_results
 
 FIGURE = {"mean": 0.5, "interval": [0.4, 0.6], "level": 0.95, "n": 100}
 
