@@ -10,10 +10,13 @@ from typing import Any
 import yaml
 from omegaconf import OmegaConf
 
+from sana.checkpoint.record import read_record
+from sana.checkpoint.error import CheckpointError
 from sana.run.compose import Composed, compose, masked_environment, parse_override, show
 from sana.run.error import ConfigError
+from sana.run.recipe import training_of
 from sana.run.records import is_first_rank
-from sana.run.runs import find_checkpoint, read_overrides
+from sana.run.runs import Found, find_checkpoint, find_weights, read_overrides
 from sana.run.schema import check
 
 # Folders that have to be there before the run; other data modules make theirs.
@@ -78,6 +81,23 @@ def load_saved(run: str | Path) -> Composed:
     return saved
 
 
+def training(found: Found) -> Composed:
+    """The training configuration behind weights: of their run, or from the file itself.
+
+    Raises:
+        ConfigError: there is none, or none that this version of the code can build.
+    """
+    if found.of_run:
+        return load_saved(found.home)
+    try:
+        record = read_record(found.path) if found.path.suffix == ".safetensors" else None
+    except CheckpointError as error:
+        raise ConfigError(f"ckpt: {error}") from None
+    if record is None or record.recipe is None:
+        raise ConfigError(f"ckpt: {found.path} has no recipe in its header")
+    return training_of(record, found.path)
+
+
 def fill_from_run(composed: Composed) -> Composed:
     """Sampling and evaluation: take the flow shift, the size and the sampler of training where none is given.
 
@@ -87,10 +107,9 @@ def fill_from_run(composed: Composed) -> Composed:
     config = composed.config.copy()
     if OmegaConf.is_missing(config, "ckpt"):
         raise ConfigError("ckpt: has to be given: a checkpoint, or the directory of a run")
-    _, run = find_checkpoint(str(config.ckpt))
-    saved = load_saved(run).config
+    saved = training(find_weights(str(config.ckpt))).config
     if saved.get("timestep") is None or saved.get("sampler") is None:
-        raise ConfigError(f"ckpt: the run {run} trained {saved.model._target_}, which does not draw from prompts")
+        raise ConfigError(f"ckpt: {config.ckpt} is {saved.model._target_}, which does not draw from prompts")
     OmegaConf.set_struct(config, False)
     if config.get("size") is None:
         config.size = saved.size
