@@ -122,7 +122,9 @@ def _linear(
 def _block(shape: Shape, us: str, them: str) -> list[Rule]:
     def norms(ours: str, native: str, theirs: str) -> list[Rule]:
         return [
-            Rule(f"{us}.{ours}.{p}_norm.weight", f"{us}.{native}.{p}_norm.weight", (f"{them}.{theirs}.norm_{p}.weight",))
+            Rule(
+                f"{us}.{ours}.{p}_norm.weight", f"{us}.{native}.{p}_norm.weight", (f"{them}.{theirs}.norm_{p}.weight",)
+            )
             for p in "qk"
         ]
 

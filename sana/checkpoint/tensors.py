@@ -135,7 +135,7 @@ def check_finite(name: str, tensor: Tensor, source: str | Path) -> Tensor:
     if tensor.is_floating_point() and not tensor.is_meta:
         # min and max carry NaN and infinity: two numbers instead of a mask as large as the tensor
         wide = tensor if tensor.dtype.itemsize > 1 else tensor.float()
-        low, high = (torch.aminmax(wide) if wide.numel() else (torch.zeros(()),) * 2)
+        low, high = torch.aminmax(wide) if wide.numel() else (torch.zeros(()),) * 2
         if not bool(torch.isfinite(low) & torch.isfinite(high)):
             bad = int((~torch.isfinite(wide)).sum())
             raise CheckpointError(

@@ -69,7 +69,7 @@ def restore(composed: Composed) -> Restored:
     """
     config = composed.config
     found = find_weights(config.ckpt)
-    recipe = training(found).config
+    recipe = training(found, config.get("recipe")).config
     name = "cuda" if config.device == "auto" and torch.cuda.is_available() else config.device
     try:
         device = torch.device("cpu" if name == "auto" else name)
@@ -78,5 +78,14 @@ def restore(composed: Composed) -> Restored:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"device: {name} is not here; this machine has no CUDA device")
     precision = fast_precision() if config.precision == "auto" else config.precision
-    module = build(recipe.model, "model")
+    parts = {} if config.get("allow_missing") else {"network": _empty(recipe.model)}
+    module = build(recipe.model, "model", **{name: part for name, part in parts.items() if part is not None})
     return Restored(module, recipe, found.path, found.home, device, precision == "bf16-mixed")
+
+
+def _empty(model: DictConfig) -> Any:
+    """The network on the meta device: its weights come from the checkpoint, so none are drawn."""
+    if model.get("network") is None:
+        return None
+    with torch.device("meta"):
+        return build(model.network, "model.network")

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sana.checkpoint.error import CheckpointError
+from sana.checkpoint.hub import SCHEME, fetch, parse
 from sana.checkpoint.record import read_record
 from sana.run.error import ConfigError
 from sana.run.groups import CONF
@@ -147,12 +149,19 @@ def find_weights(name: str) -> Found:
     """The weights that a user names.
 
     Args:
-        name: a run's directory or checkpoint; a file of weights or a diffusers folder; or the bare name of a shipped
-            model, whose file is experiments/<name>/model.safetensors. What exists under the path goes first.
+        name: a run's directory or checkpoint; a file of weights or a diffusers folder; hf://organisation/repository
+            with or without a file; or the bare name of a shipped model, whose file is
+            experiments/<name>/model.safetensors. What exists under the path goes first.
 
     Raises:
-        ConfigError: nothing there, with the names that are.
+        ConfigError: nothing there, with the names that are; or the hub refuses, with the steps that help.
     """
+    if name.startswith(SCHEME):
+        try:
+            path = fetch(name, (Path("models"), CONF.parent / "models"))
+        except CheckpointError as error:
+            raise ConfigError(f"ckpt: {error}") from None
+        return Found(path, LOADED / parse(name)[0].split("/")[1], of_run=False)
     path = Path(name).expanduser()
     shipped = SHIPPED / name / SHIPPED_FILE
     if path.name == name and shipped.is_file() and not _has_weights(path):

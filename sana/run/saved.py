@@ -3,6 +3,7 @@ checked."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,8 @@ from typing import Any
 import yaml
 from omegaconf import OmegaConf
 
-from sana.checkpoint.record import read_record
 from sana.checkpoint.error import CheckpointError
+from sana.checkpoint.record import read_record
 from sana.run.compose import Composed, compose, masked_environment, parse_override, show
 from sana.run.error import ConfigError
 from sana.run.recipe import training_of
@@ -81,8 +82,12 @@ def load_saved(run: str | Path) -> Composed:
     return saved
 
 
-def training(found: Found) -> Composed:
-    """The training configuration behind weights: of their run, or from the file itself.
+def training(found: Found, recipe: str | None = None) -> Composed:
+    """The training configuration behind weights: of their run, in the file's header, or the recipe that they fit.
+
+    Args:
+        found: from `sana.run.runs.find_weights`.
+        recipe: experiment of conf/ to take what published files do not tell from.
 
     Raises:
         ConfigError: there is none, or none that this version of the code can build.
@@ -91,11 +96,22 @@ def training(found: Found) -> Composed:
         return load_saved(found.home)
     try:
         record = read_record(found.path) if found.path.suffix == ".safetensors" else None
-    except CheckpointError as error:
+        if record is not None and record.recipe is not None:
+            return training_of(record, found.path)
+        from sana.checkpoint.source import open_source  # the original files need torch to be read
+        from sana.run.match import match
+
+        facts, composed, notes = match(open_source(found.path), recipe)
+    except (CheckpointError, ConfigError) as error:
         raise ConfigError(f"ckpt: {error}") from None
-    if record is None or record.recipe is None:
-        raise ConfigError(f"ckpt: {found.path} has no recipe in its header")
-    return training_of(record, found.path)
+    for note in notes:
+        warnings.warn(f"{found.path}: {note}", stacklevel=2)
+    if facts.family == "sprint":
+        raise ConfigError(
+            f"ckpt: {found.path} is SANA-Sprint, whose sampler (SCM) is not part of this version; "
+            "scripts/convert_checkpoint.py converts its weights"
+        )
+    return composed
 
 
 def fill_from_run(composed: Composed) -> Composed:
@@ -107,7 +123,7 @@ def fill_from_run(composed: Composed) -> Composed:
     config = composed.config.copy()
     if OmegaConf.is_missing(config, "ckpt"):
         raise ConfigError("ckpt: has to be given: a checkpoint, or the directory of a run")
-    saved = training(find_weights(str(config.ckpt))).config
+    saved = training(find_weights(str(config.ckpt)), config.get("recipe")).config
     if saved.get("timestep") is None or saved.get("sampler") is None:
         raise ConfigError(f"ckpt: {config.ckpt} is {saved.model._target_}, which does not draw from prompts")
     OmegaConf.set_struct(config, False)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
+from weights import script
 
 from sana.checkpoint.record import Record, read_record
 from sana.checkpoint.tensors import read_safetensors
@@ -23,18 +22,7 @@ from sana.run.recipe import PROJECT, training_of
 from sana.run.restore import restore
 from sana.run.saved import load_saved, prepare
 
-
-def load_script(name: str) -> ModuleType:
-    """A file of scripts/ as a module."""
-    spec = importlib.util.spec_from_file_location(name, PROJECT / "scripts" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-convert_checkpoint = load_script("convert_checkpoint")
+convert_checkpoint = script("convert_checkpoint")
 SMALL = ["network.width=32", "network.depth=2", "block.cross.heads=1", "timestep.shift=2.5"]
 
 
@@ -89,9 +77,7 @@ def test_bfloat16_rounds_to_nearest(run: Path, tmp_path: Path) -> None:
     assert (tmp_path / "out.safetensors").stat().st_size < 0.5 * exact + 2**16
 
 
-def test_a_shipped_model_is_found_by_its_bare_name(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_shipped_model_is_found_by_its_bare_name(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runs, "SHIPPED", tmp_path / "experiments")
     export_run(run, tmp_path / "experiments" / "dots" / "model.safetensors")
     assert runs.shipped_models() == ["dots"]
