@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from sana.checkpoint.facts import Facts
-from sana.checkpoint.record import EXTRA, Record, read_record
+from sana.checkpoint.record import Record, read_record
 from sana.checkpoint.source import open_source
 from sana.checkpoint.tensors import Tensors
 from sana.checkpoint.write import in_place, write_consolidated
@@ -55,10 +55,10 @@ class Licence:
 
 APACHE = Licence("Apache License 2.0", "apache-2.0", "https://www.apache.org/licenses/LICENSE-2.0")
 NSCL = Licence(
-    "NVIDIA Open Model License / NSCL v2-custom as stated in the original repository",
+    "NVIDIA License (NSCL v2-custom)",
     "other",
-    "https://huggingface.co/Efficient-Large-Model",
-    "the published SANA weights, and what is fine-tuned from them, keep the terms of the repository they came from",
+    "https://huggingface.co/Efficient-Large-Model/Sana_1600M_1024px_BF16/blob/main/LICENSE.txt",
+    "of the published SANA weights, and of what is converted or fine-tuned from them",
 )
 GEMMA = Licence(
     "Gemma Terms of Use",
@@ -123,7 +123,9 @@ def sample_images(run: Path | None, folder: str | None) -> list[Path]:
     return sorted((run / "samples").glob("step_*.png"))[-1:] if run is not None else []
 
 
-def card(name: str, record: Record, facts: Facts, terms: dict[str, Licence], images: list[Path], run: Path | None) -> str:
+def card(
+    name: str, record: Record, facts: Facts, terms: dict[str, Licence], images: list[Path], run: Path | None
+) -> str:
     """README.md: the hub's front matter, what the model is, how to use it, pictures, settings, licences."""
     recipe = record.recipe or {}
     sampler = recipe.get("sampler") or {}
@@ -133,7 +135,9 @@ def card(name: str, record: Record, facts: Facts, terms: dict[str, Licence], ima
         "size": f"{recipe.get('size')} px",
         "flow shift": (recipe.get("timestep") or {}).get("shift"),
         "steps, guidance": f"{sampler.get('steps')}, {sampler.get('guidance')}",
-        "weights": " ".join(filter(None, [record.weights, f"after {record.updates} updates" if record.updates else None]))
+        "weights": " ".join(
+            filter(None, [record.weights, f"after {record.updates} updates" if record.updates else None])
+        )
         or "as published",
     }
     lines = [
@@ -217,8 +221,8 @@ def upload(folder: Path, name: str, public: bool) -> str:
         return str(api.upload_folder(repo_id=name, folder_path=folder))
     except (HfHubHTTPError, LocalTokenNotFoundError) as error:
         raise ConfigError(
-            f"--upload: the hub refuses ({str(error).strip().splitlines()[0]}); run hf auth login with a token that may "
-            f"write to {name}. {folder} is complete, so nothing else has to be done again"
+            f"--upload: the hub refuses ({str(error).strip().splitlines()[0]}); run hf auth login with a token that "
+            f"may write to {name}. {folder} is complete, so nothing else has to be done again"
         ) from None
 
 

@@ -80,7 +80,9 @@ def choose(files: Sequence[str], name: str) -> tuple[str | None, list[str]]:
         raise CheckpointError(f"hf://{name}: has no diffusers folder, no {OURS} and no .pth among {len(files)} files")
     same = [f for f in found if Path(f).stem == name.split("/")[1]]
     if len(found) > 1 and len(same) != 1:
-        raise CheckpointError(f"hf://{name}: has several checkpoints; name one: " + ", ".join(f"hf://{name}/{f}" for f in found[:8]))
+        raise CheckpointError(
+            f"hf://{name}: has several checkpoints; name one: " + ", ".join(f"hf://{name}/{f}" for f in found[:8])
+        )
     chosen = same[0] if len(same) == 1 else found[0]
     return chosen, [f for f in (chosen, f"{chosen}.json") if f in files]
 
@@ -88,7 +90,9 @@ def choose(files: Sequence[str], name: str) -> tuple[str | None, list[str]]:
 def _part(files: Sequence[str]) -> list[str]:
     """Files of one part of a pipeline: everything but weights, and weights in one precision, the widest."""
     weights = [f for f in files if f.endswith(WEIGHTS) or fnmatch.fnmatch(f, "*.safetensors.index.*.json")]
-    other = [f for f in files if f not in weights and not f.endswith((".bin", ".pth", ".pt", ".msgpack", ".h5", ".onnx"))]
+    other = [
+        f for f in files if f not in weights and not f.endswith((".bin", ".pth", ".pt", ".msgpack", ".h5", ".onnx"))
+    ]
     for variant in ("", "fp32", "bf16", "fp16"):
         own = [f for f in weights if _variant(f) == variant]
         if any(f.endswith(".safetensors") for f in own):

@@ -129,9 +129,9 @@ def test_a_recipe_in_a_header_is_not_trusted(run: Path, tmp_path: Path, key: str
         training_of(record, tmp_path / "out.safetensors")
 
 
-def test_a_file_without_recipe_says_so(tmp_path: Path) -> None:
+def test_a_file_of_other_tensors_says_so(tmp_path: Path) -> None:
     write_consolidated(tmp_path / "a.safetensors", {"x": torch.ones(2)}, Record())
-    with pytest.raises(ConfigError, match="no recipe"):
+    with pytest.raises(ConfigError, match=r"a\.safetensors: holds no weights that are known here \(1 keys, first x"):
         prepare("sample", [f"ckpt={tmp_path / 'a.safetensors'}", "prompt=x"])
 
 

@@ -86,6 +86,48 @@ def native_state(
     }
 
 
+def full(
+    width: int, depth: int, norms: bool = False, guidance: bool = False, base: int | None = None
+) -> dict[str, Tensor]:
+    """Original names and shapes of a full-size network, on the meta device."""
+    d, m = width, int(2.5 * width)
+    shapes = {
+        "x_embedder.proj.weight": (d, 32, 1, 1), "x_embedder.proj.bias": (d,), "t_embedder.mlp.0.weight": (d, 256),
+        "t_embedder.mlp.0.bias": (d,), "t_embedder.mlp.2.weight": (d, d), "t_embedder.mlp.2.bias": (d,),
+        "t_block.1.weight": (6 * d, d), "t_block.1.bias": (6 * d,), "y_embedder.y_embedding": (300, 2304),
+        "y_embedder.y_proj.fc1.weight": (d, 2304), "y_embedder.y_proj.fc1.bias": (d,),
+        "y_embedder.y_proj.fc2.weight": (d, d), "y_embedder.y_proj.fc2.bias": (d,), "attention_y_norm.weight": (d,),
+        "final_layer.linear.weight": (32, d), "final_layer.linear.bias": (32,),
+        "final_layer.scale_shift_table": (2, d),
+    }  # fmt: skip
+    for i in range(depth):
+        b = f"blocks.{i}."
+        shapes |= {
+            b + "scale_shift_table": (6, d), b + "attn.qkv.weight": (3 * d, d), b + "attn.proj.weight": (d, d),
+            b + "attn.proj.bias": (d,), b + "cross_attn.q_linear.weight": (d, d), b + "cross_attn.q_linear.bias": (d,),
+            b + "cross_attn.kv_linear.weight": (2 * d, d), b + "cross_attn.kv_linear.bias": (2 * d,),
+            b + "cross_attn.proj.weight": (d, d), b + "cross_attn.proj.bias": (d,),
+            b + "mlp.inverted_conv.conv.weight": (2 * m, d, 1, 1), b + "mlp.inverted_conv.conv.bias": (2 * m,),
+            b + "mlp.depth_conv.conv.weight": (2 * m, 1, 3, 3), b + "mlp.depth_conv.conv.bias": (2 * m,),
+            b + "mlp.point_conv.conv.weight": (d, m, 1, 1),
+        }  # fmt: skip
+        if norms:
+            shapes |= {b + f"{a}.{p}_norm.weight": (d,) for a in ("attn", "cross_attn") for p in "qk"}
+    if guidance:
+        shapes |= {"cfg_embedder.mlp.0.weight": (d, 256), "cfg_embedder.mlp.0.bias": (d,),
+                   "cfg_embedder.mlp.2.weight": (d, d), "cfg_embedder.mlp.2.bias": (d,)}  # fmt: skip
+    if base is not None:
+        shapes["pos_embed"] = (1, base * base, d)
+    return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+
+
+def save(path: Path, state: dict[str, Tensor]) -> Path:
+    """A file whose tensors are zeros that take no room on the disk."""
+    sparse = {name: torch.zeros(1).expand(value.shape) for name, value in state.items()}
+    torch.save({"state_dict": sparse}, path)
+    return path
+
+
 def diffusers_model(variant: str, depth: int = DEPTH, sample: int = 8) -> SanaTransformer2DModel:
     """diffusers' class of the same shape."""
     norms, guidance, interpolation = VARIANTS[variant]
