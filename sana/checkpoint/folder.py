@@ -77,14 +77,14 @@ def write_native(path: str | Path, tensors: Tensors, facts: Facts, progress: Pro
     """
     path = Path(path)
     main, extra = from_ours(tensors, "native", require(facts, "patch").patch)
-    state: dict[str, torch.Tensor] = {}
-    for name, tensor in (*main.items(), *extra.items()):
-        # torch.save would write the whole file that a memory-mapped tensor is a view of.
-        state[name] = check_finite(name, tensor.detach(), path).clone()
-        if progress is not None:
-            progress(tensor.nbytes)
-    if sidecar_of(path).exists():
-        raise CheckpointError(f"{sidecar_of(path)}: exists already; give a new name, or remove it first")
     with in_place(path) as temporary:
+        if sidecar_of(path).exists():
+            raise CheckpointError(f"{sidecar_of(path)}: exists already; give a new name, or remove it first")
+        state: dict[str, torch.Tensor] = {}
+        for name, tensor in (*main.items(), *extra.items()):
+            # torch.save would write the whole file that a memory-mapped tensor is a view of.
+            state[name] = check_finite(name, tensor.detach(), path).clone()
+            if progress is not None:
+                progress(tensor.nbytes)
         torch.save({"state_dict": state}, temporary)
     write_text(sidecar_of(path), json.dumps(facts.told(), indent=2) + "\n")

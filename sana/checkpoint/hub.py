@@ -165,7 +165,7 @@ def _list(name: str) -> list[str] | None:
     if constants.HF_HUB_OFFLINE:
         return None
     try:
-        return HfApi().list_repo_files(name)
+        return [file.rfilename for file in HfApi().model_info(name, timeout=10).siblings or []]
     except HfHubHTTPError as error:
         if error.response is not None and error.response.status_code < 500:
             raise  # the hub has answered

@@ -57,7 +57,9 @@ def dc_ae_from_native(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Raises:
         ValueError: a name of another layout.
     """
-    return {_to_ours(name): tensor for name, tensor in state.items()}
+    # Without blocks at full resolution the first convolution is a resampling, which a strided one does not show.
+    merged = not any(name.startswith("encoder.stages.0.") for name in state)
+    return {_to_ours(name, merged): tensor for name, tensor in state.items()}
 
 
 def dc_ae_to_native(state: Mapping[str, Tensor], encoder_shuffle: bool, latent_shortcut: bool) -> dict[str, Tensor]:
@@ -73,7 +75,9 @@ def dc_ae_to_native(state: Mapping[str, Tensor], encoder_shuffle: bool, latent_s
     return {_to_native(name, encoder_shuffle, latent_shortcut): tensor for name, tensor in state.items()}
 
 
-def _to_ours(name: str) -> str:
+def _to_ours(name: str, merged: bool) -> str:
+    if merged and (match := re.match(r"encoder\.project_in\.conv\.(conv\.)?", name)):
+        return "encoder.input.conv." + name[match.end() :]
     for pattern, ours in _FROM:
         if match := re.match(pattern, name):
             return ours.format(**match.groupdict()) + name[match.end() :]

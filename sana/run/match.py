@@ -179,7 +179,7 @@ def _filled(facts: Facts, known: Facts) -> Facts:
     if facts.guidance and facts.time_scale is None:
         own["time_scale"] = 1.0
     filled = replace(known, **own)
-    same = all(getattr(filled, name) == getattr(known, name) for name in (*STRUCTURE, *NORMS))
+    same = all(getattr(filled, name) == getattr(known, name) for name in (*STRUCTURE, *NORMS, "time_scale"))
     return replace(
         filled,
         recipe=known.recipe if same else None,
@@ -220,7 +220,8 @@ def _only(facts: Facts, where: Path) -> Facts:
             f"{where}: has q/k norms at width {facts.width}; the teachers of Sprint have them and see t, a SANA-1.5 "
             f'would see 1000 t, and tensors do not tell; write {{"time_scale": 1}} or 1000 into {_sidecar(where)}'
         )
-    fitting = [known for known in pool if _fits(facts, known, WORDS if exact else WORDS[:-1])]
+    fitting = [known for known in pool if _fits(facts, known, WORDS)]
+    fitting = fitting or [known for known in pool if _fits(facts, known, WORDS[:-1])]  # of Sprint: t itself, not 1000 t
     if not fitting:
         raise ConfigError(
             f"{where}: the recipes of its width ({', '.join(str(known.recipe) for known in pool)}) have other sizes "
