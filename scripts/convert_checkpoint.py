@@ -65,9 +65,8 @@ def open_network(path: Path, options: argparse.Namespace) -> Opened:
         return Opened(tensors, facts, Record(recipe, facts.told(), used, updates))
     source = open_source(found.path, options.weights)
     if source.record is not None and source.record.recipe is not None:
-        notes, facts = source.notes, facts_of(training_of(source.record, source.path).resolved)
-        facts = replace(facts, **source.record.facts) if source.record.facts.get("depth") else facts
-        record = source.record
+        notes, record = source.notes, source.record
+        facts = replace(facts_of(training_of(record, source.path).resolved), **source.facts.told())
     else:
         plain = replace(source, pipeline=None)  # a header names no folder of this machine
         facts, composed, notes = match(plain, options.recipe)

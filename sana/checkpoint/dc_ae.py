@@ -45,7 +45,7 @@ def open_dc_ae(path: str | Path) -> tuple[Tensors, dict[str, Any] | None]:
     sidecar = sidecar_of(path)
     try:
         if layout == "diffusers":
-            folder = path / "vae" if (path / "vae").is_dir() else path
+            folder = path.parent if path.is_file() else path / "vae" if (path / "vae").is_dir() else path
             config = dc_ae_from_config(read_json(folder / "config.json"), str(folder / "config.json"))
             return from_dict(dc_ae_from_diffusers(tensors)), config
         return from_dict(dc_ae_from_native(tensors)), read_json(sidecar) if sidecar.is_file() else None

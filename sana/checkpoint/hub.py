@@ -15,6 +15,7 @@ from sana.checkpoint.error import CheckpointError
 SCHEME = "hf://"
 LOCAL = Path("models")
 OURS = "model.safetensors"
+STEM = "diffusion_pytorch_model"
 PIPELINE = "model_index.json"
 PARTS = ("scheduler", "text_encoder", "tokenizer", "transformer", "vae")
 WEIGHTS = (".safetensors", ".safetensors.index.json")
@@ -75,6 +76,8 @@ def choose(files: Sequence[str], name: str) -> tuple[str | None, list[str]]:
         return None, sorted(kept)
     if OURS in files:
         return OURS, [OURS]
+    if "config.json" in files and any(f.startswith(STEM) for f in files):  # one part of a pipeline
+        return None, _part([f for f in files if "/" not in f and (f.startswith(STEM) or f == "config.json")])
     found = [f for f in files if f.endswith((".pth", ".pt")) or (f.endswith(".safetensors") and "/" not in f)]
     if not found:
         raise CheckpointError(f"hf://{name}: has no diffusers folder, no {OURS} and no .pth among {len(files)} files")
@@ -112,6 +115,8 @@ def _local(place: Path, file: str | None) -> Path | None:
         return place
     if (place / OURS).is_file():
         return place / OURS
+    if (place / "config.json").is_file() and list(place.glob(f"{STEM}*")):
+        return place
     found = sorted([*place.glob("*.pth"), *place.glob("checkpoints/*.pth")])
     return found[0] if len(found) == 1 else None
 

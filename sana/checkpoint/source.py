@@ -169,7 +169,9 @@ def _open_folder(path: Path) -> Source:
             ratio = 2 ** (len(widths) - 1) if isinstance(widths, list) and widths else RATIO
     tensors = read_folder(inner)
     try:
-        _, layout = kind_of(tensors)
+        kind, layout = kind_of(tensors)
+        if kind != "transformer":
+            raise CheckpointError("is an autoencoder, not the network; give the folder of its pipeline")
         if layout != "diffusers":
             raise CheckpointError("holds no transformer of diffusers")
         ours, facts = to_ours(tensors, "diffusers"), recognise(tensors.like, "diffusers")

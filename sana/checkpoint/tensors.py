@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import mmap
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -79,7 +80,8 @@ def read_safetensors(path: str | Path) -> tuple[Tensors, dict[str, str]]:
     """
     header = read_header(path)
     with open(path, "rb") as file:
-        content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        # Read-only: a writable private mapping counts against memory, and a file may be larger than that.
+        content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
     def read(name: str) -> Tensor:
         entry = header.entries[name]
@@ -89,7 +91,9 @@ def read_safetensors(path: str | Path) -> tuple[Tensors, dict[str, str]]:
         if entry.begin % dtype.itemsize:  # a header of odd length: views need alignment
             data = torch.frombuffer(bytearray(content[entry.begin : entry.end]), dtype=dtype)
         else:
-            data = torch.frombuffer(content, dtype=dtype, count=count, offset=entry.begin)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # that it is not writable
+                data = torch.frombuffer(content, dtype=dtype, count=count, offset=entry.begin)
         return data.reshape(entry.shape)
 
     return Tensors({name: _like(entry) for name, entry in header.entries.items()}, read), header.metadata

@@ -58,6 +58,8 @@ def load_weights(
             state = source.tensors
         else:
             updates = record.updates
+            if weights == "live" and record.weights == "ema":
+                raise CheckpointError(f"{path}: holds the averaged weights only; leave out weights=live")
         state = state.renamed(lambda name: None if name.startswith(EXTRA) else name)
     fill(module.network, state, path, allow_missing, allow_extra)
     return updates

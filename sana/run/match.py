@@ -107,6 +107,8 @@ def match(source: Source, recipe: str | None = None) -> tuple[Facts, Composed, t
             flow_shift=None if release.recipe else facts.flow_shift,  # diffusers' converter writes 3 for most sizes
         )
     name = recipe or facts.recipe
+    if recipe is None and name not in _experiments() and _told(facts):
+        name = None  # of another checkout; but a sidecar or header says all that the recipe would
     if name is not None:
         known = _experiments().get(name) or _experiments().get(KIND + name)
         if known is None:
@@ -205,7 +207,7 @@ def _only(facts: Facts, where: Path) -> Facts:
     """The recipe that the facts fit: the only one, or one of several that say the same."""
     exact = [known for known in _experiments().values() if _fits(facts, known, (*STRUCTURE, *NORMS))]
     pool = exact or [known for known in _experiments().values() if _fits(facts, known, STRUCTURE)]
-    if facts.heads is not None and facts.size is not None and (facts.flow_shift is not None or facts.guidance):
+    if _told(facts):
         # A configuration came along and says everything; a recipe only lends the settings of training.
         fitting = [known for known in exact if _fits(facts, known, WORDS)]
         return next((known for known in fitting if known.depth == facts.depth), fitting[0] if fitting else _blank())
@@ -237,6 +239,11 @@ def _only(facts: Facts, where: Path) -> Facts:
             f'(convert_checkpoint.py: --recipe NAME), or write {{"recipe": NAME}} into {_sidecar(where)}'
         )
     return alike[0]
+
+
+def _told(facts: Facts) -> bool:
+    """Whether nothing is left open that only a recipe could tell."""
+    return facts.heads is not None and facts.size is not None and (facts.flow_shift is not None or facts.guidance)
 
 
 def _fits(facts: Facts, known: Facts, names: tuple[str, ...]) -> bool:

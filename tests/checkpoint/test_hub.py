@@ -1,4 +1,4 @@
-"""``hf://``: huggingface_hub against a small server that speaks the hub's protocol. Only needed files, folders first."""
+"""``hf://``: huggingface_hub against a small server that speaks the hub's protocol; only what is needed is fetched."""
 
 from __future__ import annotations
 
@@ -153,9 +153,8 @@ def test_only_what_is_needed_is_fetched_once_and_then_found_offline(tmp_path: Pa
     assert {p.relative_to(pipe).as_posix() for p in pipe.rglob("*") if p.is_file()} == {
         f for f in wanted if f in PIPELINE
     }
-    assert native.read_bytes() == b"pth"
-    assert ours.read_bytes() == b"ours"
-    assert native.name == "Sana_1600M_2Kpx_BF16.pth"
+    assert native.read_text() == "checkpoints/Sana_1600M_2Kpx_BF16.pth"
+    assert ours.read_text() == "model.safetensors"
 
     asked.clear()
     again = run(tmp_path, address, *uris, HF_HUB_OFFLINE="1")
@@ -214,3 +213,10 @@ def test_a_precision_is_chosen_for_every_part() -> None:
     assert "text_encoder/model.bf16-00001-of-00001.safetensors" in needed
     assert "text_encoder/model.safetensors.index.bf16.json" in needed
     assert "transformer/diffusion_pytorch_model.fp16.safetensors" not in needed
+    files = [
+        "README.md",
+        "config.json",
+        "diffusion_pytorch_model.safetensors",
+        "diffusion_pytorch_model.fp16.safetensors",
+    ]
+    assert choose(files, "a/autoencoder") == (None, ["config.json", "diffusion_pytorch_model.safetensors"])
