@@ -31,7 +31,7 @@ def autoencoder(folder: str) -> DCAE:
     with torch.device("meta"):
         model = DCAE(**config)
     fill(model, state, folder)
-    return model.eval()
+    return model.eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def autoencoder_config(tensors: Tensors, source: str | Path) -> dict[str, Any]:

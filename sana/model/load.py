@@ -106,9 +106,9 @@ def fill(
         for name in own.keys() & state.keys():
             value, target = check_finite(name, state[name], source), own[name]
             if target.is_meta:
-                _place(network, name, value.to(target.dtype, copy=True, memory_format=torch.contiguous_format))
-            else:
-                target.copy_(value)
+                target = torch.empty_like(target, device="cpu")  # in its own type and memory format
+                _place(network, name, target)
+            target.copy_(value)
 
 
 def _place(network: nn.Module, name: str, value: Tensor) -> None:

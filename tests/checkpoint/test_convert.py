@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,6 +24,7 @@ from sana.checkpoint.tensors import read_safetensors
 from sana.checkpoint.write import write_safetensors
 from sana.model.load import load_weights
 from sana.run.build import build
+from sana.run.error import ConfigError
 from sana.run.match import match
 from sana.run.recipe import PROJECT, training_of
 from sana.run.restore import restore
@@ -185,6 +187,17 @@ def test_a_pipeline_of_diffusers_is_drawn_with(pipeline: Path) -> None:
         assert (frozen.autoencoder.decode(latent) - want).abs().max() < 1e-5 * want.abs().max()
     loaded = frozen.text_encoder.model
     assert equal(dict(loaded.state_dict()), dict(theirs.text_encoder.to(loaded.dtype).state_dict()))
+
+
+def test_a_local_copy_of_a_repository_is_drawn_with(
+    pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(pipeline, tmp_path / "models" / "mine")
+    composed = prepare("sample", ["ckpt=hf://org/mine", "prompt=a red circle"])
+    assert (composed.config.size, composed.config.timestep.shift) == (64, 2.0)
+    with pytest.raises(ConfigError, match="write hf://organisation/repository"):
+        prepare("sample", ["ckpt=hf://mine", "prompt=a red circle"])
 
 
 def test_a_pipeline_goes_out_and_comes_back(pipeline: Path, tmp_path: Path) -> None:
