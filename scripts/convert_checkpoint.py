@@ -113,9 +113,9 @@ def parts_of(opened: Opened, options: argparse.Namespace) -> Iterator[Path | Non
     with tempfile.TemporaryDirectory(dir=Path(options.target).absolute().parent) as made:
         config = config or autoencoder_config(tensors, options.autoencoder)
         write_dc_ae(Path(made) / "vae", tensors, config, "diffusers")
-        for part in PARTS[1:] if own is not None else ():
-            if (own / part).is_dir():
-                shutil.copytree(own / part, Path(made) / part)
+        if own is not None:
+            for part in (own / name for name in PARTS[1:] if (own / name).is_dir()):
+                shutil.copytree(part, Path(made) / part.name)
         yield Path(made)
 
 

@@ -77,7 +77,7 @@ def write_safetensors(
         for name in source:
             tensor = check_finite(name, source[name].detach().cpu().contiguous(), path)
             if tensor.numel():
-                file.write(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+                file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
             if progress is not None:
                 progress(tensor.nbytes)
         file.flush()
