@@ -137,7 +137,7 @@ def _download(uri: str, name: str, file: str | None) -> Path:
             return Path(snapshot_download(name, allow_patterns=[f"{file}/*"])) / file
         files = _list(name)
         if files is None:
-            root = Path(snapshot_download(name, local_files_only=True))
+            root = _cached(name)
             chosen, _ = choose([p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file()], name)
         else:
             chosen, needed = choose(files, name)
@@ -160,6 +160,25 @@ def _download(uri: str, name: str, file: str | None) -> Path:
             raise
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise CheckpointError(f"{uri}: cannot be fetched ({(lines or [type(error).__name__])[0]})") from None
+
+
+def _cached(name: str) -> Path:
+    """Folder of a repository's newest snapshot in the hub's cache, whatever part of the repository was fetched.
+
+    Raises:
+        LocalEntryNotFoundError: there is none.
+    """
+    from huggingface_hub import constants
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    folder = Path(constants.HF_HUB_CACHE) / f"models--{name.replace('/', '--')}"
+    try:
+        root = folder / "snapshots" / (folder / "refs" / "main").read_text(encoding="utf-8").strip()
+    except OSError:
+        root = None
+    if root is None or not root.is_dir():
+        raise LocalEntryNotFoundError(f"{name} is not in {constants.HF_HUB_CACHE}")
+    return root
 
 
 def _list(name: str) -> list[str] | None:
