@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -114,8 +113,8 @@ def parts_of(opened: Opened, options: argparse.Namespace) -> Iterator[Path | Non
         config = config or autoencoder_config(tensors, options.autoencoder)
         write_dc_ae(Path(made) / "vae", tensors, config, "diffusers")
         if own is not None:
-            for part in (own / name for name in PARTS[1:] if (own / name).is_dir()):
-                shutil.copytree(part, Path(made) / part.name)
+            for part in (own / name for name in (*PARTS[1:], "model_index.json") if (own / name).exists()):
+                (Path(made) / part.name).symlink_to(part.resolve())
         yield Path(made)
 
 

@@ -12,7 +12,7 @@ from sana.checkpoint.diffusers_config import RATIO, facts_in_config
 from sana.checkpoint.error import CheckpointError
 from sana.checkpoint.facts import Facts
 from sana.checkpoint.pickled import read_pickle, state_in
-from sana.checkpoint.published import release_of, warning_for
+from sana.checkpoint.published import RELEASES, release_of, warning_for
 from sana.checkpoint.recognise import kind_of, recognise
 from sana.checkpoint.record import Record, parse_record
 from sana.checkpoint.run_file import Weights
@@ -63,6 +63,11 @@ def open_source(path: str | Path, weights: Weights = "ema") -> Source:
     path = Path(path)
     if path.is_dir():
         return _open_folder(path)
+    if path.suffix == ".ckpt":
+        raise CheckpointError(
+            f"{path}: is a checkpoint of a training run, whose directory says what to build; export the run with "
+            "scripts/convert_checkpoint.py RUN FILE.safetensors --to sana"
+        )
     try:
         if path.suffix in PICKLES:
             tensors, notes = _read_original(path, weights)
@@ -81,9 +86,8 @@ def open_source(path: str | Path, weights: Weights = "ema") -> Source:
         facts = facts.with_words(record.facts, str(path))
     words = _sidecar(sidecar_of(path))
     facts = facts.with_words(words, sidecar_of(path).name)
-    if record is None and not words:
-        facts, told = _by_name(facts, path)
-        notes += told
+    facts, told = _by_name(facts, None if record or words else path)
+    notes += told
     return Source(path, layout, ours, facts, record, None, tuple(notes))
 
 
@@ -184,9 +188,7 @@ def _open_folder(path: Path) -> Source:
         ours = join(ours, extra.renamed(lambda name: f"extra.{name}"))
     words = _sidecar(sidecar_of(home))
     facts = facts.with_words(words, SIDECAR)
-    notes: tuple[str, ...] = ()
-    if not words:
-        facts, notes = _by_name(facts, path)
+    facts, notes = _by_name(facts, None if words else path)
     return Source(path, "diffusers", ours, facts, None, pipeline, notes)
 
 
@@ -221,9 +223,14 @@ def _sidecar(path: Path) -> dict[str, Any]:
     return read_json(path) if path.is_file() else {}
 
 
-def _by_name(facts: Facts, path: Path) -> tuple[Facts, tuple[str, ...]]:
-    """Facts with the name of the release that the path bears, and what there is to say of that release."""
-    release = release_of(path)
+def _by_name(facts: Facts, path: Path | None) -> tuple[Facts, tuple[str, ...]]:
+    """Facts with the name of the release that the path bears, and what there is to say of that release.
+
+    Args:
+        facts: they may have a name already, from a file that was converted.
+        path: None where something better than a name came along.
+    """
+    release = RELEASES.get((facts.release or "").lower()) or (None if path is None else release_of(path))
     if release is None:
         return facts, ()
     return replace(facts, release=release.name), tuple(filter(None, [warning_for(release)]))

@@ -97,7 +97,7 @@ def match(source: Source, recipe: str | None = None) -> tuple[Facts, Composed, t
         ConfigError: no such recipe, the tensors contradict it, none fits, or several fit that differ.
     """
     facts, where, notes = source.facts, source.path, source.notes
-    release = None if recipe or facts.release is None else RELEASES[facts.release.lower()]
+    release = None if recipe or facts.release is None else RELEASES.get(facts.release.lower())
     if release is not None:
         facts = replace(
             facts,

@@ -84,8 +84,10 @@ def restore(composed: Composed) -> Restored:
 
 
 def _empty(model: DictConfig) -> Any:
-    """The network on the meta device: its weights come from the checkpoint, so none are drawn."""
+    """The network on the meta device, as its weights come from the checkpoint; None where some of it would not."""
     if model.get("network") is None:
         return None
     with torch.device("meta"):
-        return build(model.network, "model.network")
+        network = build(model.network, "model.network")
+    stored = network.state_dict().keys()
+    return network if all(name in stored for name, _ in network.named_buffers()) else None

@@ -12,6 +12,7 @@ import yaml
 from omegaconf import OmegaConf
 
 from sana.checkpoint.error import CheckpointError
+from sana.checkpoint.published import RELEASES, warning_for
 from sana.checkpoint.record import read_record
 from sana.run.compose import Composed, compose, masked_environment, parse_override, show
 from sana.run.error import ConfigError
@@ -97,6 +98,9 @@ def training(found: Found, recipe: str | None = None) -> Composed:
     try:
         record = read_record(found.path) if found.path.suffix == ".safetensors" else None
         if record is not None and record.recipe is not None:
+            release = RELEASES.get(str(record.facts.get("release")).lower())
+            if bad := warning_for(release):
+                warnings.warn(f"{found.path}: {bad}", stacklevel=2)
             return training_of(record, found.path)
         from sana.checkpoint.source import open_source  # the original files need torch to be read
         from sana.run.match import match

@@ -11,6 +11,7 @@ from weights import script
 
 from sana.checkpoint.error import CheckpointError
 from sana.checkpoint.record import Record, read_record
+from sana.checkpoint.source import open_source
 from sana.checkpoint.tensors import read_safetensors
 from sana.checkpoint.write import write_consolidated
 from sana.model.load import load_weights
@@ -130,6 +131,18 @@ def test_a_recipe_in_a_header_is_not_trusted(run: Path, tmp_path: Path, key: str
     record.recipe["model"][key] = value
     with pytest.raises(ConfigError, match=says):
         training_of(record, tmp_path / "out.safetensors")
+
+
+def test_a_checkpoint_away_from_its_run_says_what_to_do(run: Path, tmp_path: Path) -> None:
+    stray = tmp_path / "stray.ckpt"
+    stray.write_bytes((run / "checkpoints/step_00000007.ckpt").read_bytes())
+    with pytest.raises(ConfigError, match="lies outside a run"):
+        prepare("sample", [f"ckpt={stray}", "prompt=x"])
+    with pytest.raises(CheckpointError, match="export the run with"):
+        open_source(stray)
+    stray.rename(tmp_path / "stray.pth")
+    with pytest.raises(CheckpointError, match=r"rename it to \.ckpt within its run"):
+        open_source(tmp_path / "stray.pth")
 
 
 def test_a_file_of_other_tensors_says_so(tmp_path: Path) -> None:

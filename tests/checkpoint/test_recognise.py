@@ -14,12 +14,15 @@ from sana.checkpoint.error import CheckpointError
 from sana.checkpoint.facts import Facts
 from sana.checkpoint.published import RELEASES, release_of, warning_for
 from sana.checkpoint.recognise import kind_of, recognise
+from sana.checkpoint.record import Record
 from sana.checkpoint.source import open_source
 from sana.checkpoint.tensors import from_dict
 from sana.checkpoint.transformer import from_ours, to_ours
+from sana.checkpoint.write import write_consolidated
 from sana.run.error import ConfigError
 from sana.run.groups import list_options
 from sana.run.match import match
+from sana.run.recipe import recipe_of
 from sana.run.saved import prepare
 
 
@@ -221,5 +224,10 @@ def test_the_checkpoint_that_draws_badly_is_warned_of(tmp_path: Path) -> None:
         assert any("Efficient-Large-Model/Sana_1600M_1024px_BF16" in note for note in notes)
         with pytest.warns(UserWarning, match="use Efficient-Large-Model/Sana_1600M_1024px_BF16 instead"):
             prepare("sample", [f"ckpt={tmp_path / name}", "prompt=x"])
+    facts, composed, _ = match(open_source(tmp_path / "Sana_1600M_1024px.pth"))
+    record = Record(recipe_of(composed.resolved, []), facts.told())
+    write_consolidated(tmp_path / "mine.safetensors", {"x": torch.ones(1)}, record)  # only its header is read here
+    with pytest.warns(UserWarning, match="use Efficient-Large-Model/Sana_1600M_1024px_BF16 instead"):
+        prepare("sample", [f"ckpt={tmp_path / 'mine.safetensors'}", "prompt=x"])
     assert [r.name for r in RELEASES.values() if warning_for(r)] == ["Sana_1600M_1024px"]
     assert not open_source(save(tmp_path / "Sana_1600M_1024px_BF16.pth", full(2240, 20, base=32))).notes
