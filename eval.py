@@ -32,7 +32,8 @@ def evaluate_run(composed: Composed) -> None:
         name: metric(reference=data.validation_images) if isinstance(metric, partial) else metric
         for name, metric in build_all(config.metric, "metric").items()
     }
-    load_weights(restored.module, restored.checkpoint, config.weights)
+    allowed = list(config.allow_missing), list(config.allow_extra)
+    load_weights(restored.module, restored.checkpoint, config.weights, *allowed)
     if config.quant is not None:
         restored.module.network = build(config.quant, "quant")(restored.module.network)
     painter, sampler = make_painter(restored.module, restored.device), build(config.sampler, "sampler")

@@ -22,7 +22,8 @@ def sample(composed: Composed) -> None:
 
     config = composed.config
     restored = restore(composed)
-    load_weights(restored.module, restored.checkpoint, config.weights)
+    allowed = list(config.allow_missing), list(config.allow_extra)
+    load_weights(restored.module, restored.checkpoint, config.weights, *allowed)
     if config.quant is not None:
         restored.module.network = build(config.quant, "quant")(restored.module.network)
     painter, sampler = make_painter(restored.module, restored.device), build(config.sampler, "sampler")

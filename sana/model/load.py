@@ -2,40 +2,67 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from sana.checkpoint.error import CheckpointError
+from sana.checkpoint.names import list_names
+from sana.checkpoint.record import EXTRA, parse_record
+from sana.checkpoint.run_file import Weights, read_run_file
+from sana.checkpoint.source import open_source
+from sana.checkpoint.tensors import Tensors, check_finite, read_safetensors
 from sana.model.generate import Painter
 from sana.model.image import ImageModule
 
 
-def load_weights(module: ImageModule, checkpoint: str | Path, weights: Literal["ema", "live"] = "ema") -> int:
-    """Put the weights of a checkpoint into a recipe built from the same configuration.
+def load_weights(
+    module: ImageModule,
+    checkpoint: str | Path,
+    weights: Weights = "ema",
+    allow_missing: Sequence[str] = (),
+    allow_extra: Sequence[str] = (),
+) -> int | None:
+    """Put the weights of a checkpoint into a recipe built for it.
 
     Args:
-        module: freshly built; its network is overwritten.
-        checkpoint: a ``.ckpt`` that a run wrote. Read with ``weights_only=True``: no code in it is run.
-        weights: the averaged ones (the last ones where the run kept no average) or the last ones.
+        module: its network is overwritten; it may be on the meta device.
+        checkpoint: a ``.ckpt`` that a run wrote, a consolidated or other ``.safetensors``, an original ``.pth``, or a
+            diffusers folder. No code in it is run.
+        weights: of a ``.ckpt`` or ``.pth``: the averaged ones (the last ones where no average was kept) or the last
+            ones. Other files hold one set.
+        allow_missing: names, or patterns such as "blocks.*.q_norm.*", that the checkpoint may lack; what the network
+            was built with stays.
+        allow_extra: names or patterns that the checkpoint may have over.
 
     Returns:
-        The number of updates that the weights have seen.
+        The number of updates that the weights have seen, None where nobody wrote it down.
 
     Raises:
-        ValueError: keys are missing or left over, with their names; or it is no checkpoint of this recipe.
+        CheckpointError: keys are missing, left over or of another shape, with their names; numbers that are not
+            finite; or it is no checkpoint of this recipe.
     """
-    content = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    if "state_dict" not in content or "updates" not in content:
-        raise ValueError(f"{checkpoint}: no checkpoint of a training run (has {sorted(content)[:5]})")
-    prefix = "network."
-    state = {name[len(prefix) :]: value for name, value in content["state_dict"].items() if name.startswith(prefix)}
-    average = content.get("ema", {}).get("network")
-    if weights == "ema" and average is not None:
-        state.update(average["shadow"])
-    _load(module.network, state, checkpoint)
-    return int(content["updates"]["network"])
+    path, updates = Path(checkpoint), None
+    if path.suffix == ".ckpt":
+        state, _, updates = read_run_file(path, weights)
+    else:
+        record = None
+        if path.suffix == ".safetensors":
+            state, metadata = read_safetensors(path)
+            record = parse_record(metadata, path)
+        if record is None:
+            source = open_source(path, weights)
+            state = source.tensors
+        else:
+            updates = record.updates
+            if weights == "live" and record.weights == "ema":
+                raise CheckpointError(f"{path}: holds the averaged weights only; leave out weights=live")
+        state = state.renamed(lambda name: None if name.startswith(EXTRA) else name)
+    fill(module.network, state, path, allow_missing, allow_extra)
+    return updates
 
 
 def make_painter(module: ImageModule, device: str | torch.device) -> Painter:
@@ -45,12 +72,54 @@ def make_painter(module: ImageModule, device: str | torch.device) -> Painter:
     return Painter(network, module.frozen.autoencoder, module.frozen.text_encoder, module.null_like)
 
 
-def _load(network: nn.Module, state: dict[str, Any], source: str | Path) -> None:
+def fill(
+    network: nn.Module,
+    state: Tensors,
+    source: str | Path,
+    allow_missing: Sequence[str] = (),
+    allow_extra: Sequence[str] = (),
+) -> None:
+    """Put tensors into a module, in its own types and one at a time; it may be on the meta device.
+
+    Args:
+        network: overwritten.
+        state: by the module's names.
+        source: where they come from, for messages.
+        allow_missing, allow_extra: names or patterns for which `state` may differ from the module.
+
+    Raises:
+        CheckpointError: every key that is missing, left over or of another shape; or numbers that are not finite.
+    """
     own = network.state_dict()
-    missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-    reshaped = sorted(k for k in own.keys() & state.keys() if own[k].shape != state[k].shape)
+    missing = sorted(name for name in own.keys() - state.keys() if not _named(name, allow_missing))
+    extra = sorted(name for name in state.keys() - own.keys() if not _named(name, allow_extra))
+    reshaped = sorted(k for k in own.keys() & state.keys() if own[k].shape != state.like[k].shape)
+    shapes = [f"{k} {tuple(state.like[k].shape)}, not {tuple(own[k].shape)}" for k in reshaped]
     if missing or extra or reshaped:
-        parts = [("missing", missing), ("extra", extra), ("of another shape", reshaped)]
-        said = "; ".join(f"{what}: {', '.join(keys[:5])} ({len(keys)})" for what, keys in parts if keys)
-        raise ValueError(f"{source}: weights do not fit the network: {said}")
-    network.load_state_dict(state)
+        parts = [("missing", missing), ("extra", extra), ("of another shape", shapes)]
+        said = "; ".join(f"{what}: {list_names(keys)} ({len(keys)})" for what, keys in parts if keys)
+        raise CheckpointError(f"{source}: weights do not fit the network: {said}")
+    empty = [name for name in own.keys() - state.keys() if own[name].is_meta]
+    if empty:
+        raise CheckpointError(f"{source}: lacks {list_names(sorted(empty))}, and nothing else gives it a value")
+    with torch.no_grad():
+        for name in own.keys() & state.keys():
+            value, target = check_finite(name, state[name], source), own[name]
+            if target.is_meta:
+                target = torch.empty_like(target, device="cpu")  # in its own type and memory format
+                _place(network, name, target)
+            target.copy_(value)
+
+
+def _place(network: nn.Module, name: str, value: Tensor) -> None:
+    """Replace a parameter or buffer by one with memory."""
+    path, _, leaf = name.rpartition(".")
+    owner = network.get_submodule(path)
+    old = getattr(owner, leaf)
+    if isinstance(old, nn.Parameter):
+        value = nn.Parameter(value, requires_grad=old.requires_grad)
+    setattr(owner, leaf, value)
+
+
+def _named(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)

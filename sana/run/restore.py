@@ -1,4 +1,4 @@
-"""The parts of an earlier run, built again for drawing."""
+"""The parts that a checkpoint belongs to, built again for drawing."""
 
 from __future__ import annotations
 
@@ -14,19 +14,20 @@ from sana.run.build import build
 from sana.run.compose import Composed
 from sana.run.environment import describe_git, fast_precision
 from sana.run.error import ConfigError
-from sana.run.runs import find_checkpoint
-from sana.run.saved import load_saved
+from sana.run.runs import find_weights
+from sana.run.saved import training
 from sana.run.sidecar import file_digest
 
 
 @dataclass(frozen=True)
 class Restored:
-    """A run's recipe with fresh weights, and what drawing with its checkpoint depends on.
+    """A recipe with fresh weights, and what drawing with its checkpoint depends on.
 
     Attributes:
         module: the recipe, built as it was for training.
-        training: the run's configuration.
-        checkpoint, run: the checkpoint and the directory of its run.
+        training: the configuration that the weights were trained with.
+        checkpoint: file or folder of the weights.
+        run: the directory of their run, or one under runs/loaded for weights that come without a run.
         device: where to draw.
         bf16: whether autocast to bf16 is on while drawing.
     """
@@ -58,7 +59,7 @@ class Restored:
 
 
 def restore(composed: Composed) -> Restored:
-    """Build the recipe of the run that `ckpt` leads to; its weights are for `sana.model.load` to put in.
+    """Build the recipe that belongs to what `ckpt` leads to; its weights are for `sana.model.load` to put in.
 
     Args:
         composed: a sampling or evaluation that passed the check.
@@ -67,8 +68,8 @@ def restore(composed: Composed) -> Restored:
         ConfigError: no such checkpoint or device, or a part of the recipe is not on this machine.
     """
     config = composed.config
-    checkpoint, run = find_checkpoint(config.ckpt)
-    training = load_saved(run).config
+    found = find_weights(config.ckpt)
+    recipe = training(found, config.get("recipe")).config
     name = "cuda" if config.device == "auto" and torch.cuda.is_available() else config.device
     try:
         device = torch.device("cpu" if name == "auto" else name)
@@ -77,5 +78,16 @@ def restore(composed: Composed) -> Restored:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"device: {name} is not here; this machine has no CUDA device")
     precision = fast_precision() if config.precision == "auto" else config.precision
-    module = build(training.model, "model")
-    return Restored(module, training, checkpoint, run, device, precision == "bf16-mixed")
+    parts = {} if config.get("allow_missing") else {"network": _empty(recipe.model)}
+    module = build(recipe.model, "model", **{name: part for name, part in parts.items() if part is not None})
+    return Restored(module, recipe, found.path, found.home, device, precision == "bf16-mixed")
+
+
+def _empty(model: DictConfig) -> Any:
+    """The network on the meta device, as its weights come from the checkpoint; None where some of it would not."""
+    if model.get("network") is None:
+        return None
+    with torch.device("meta"):
+        network = build(model.network, "model.network")
+    stored = network.state_dict().keys()
+    return network if all(name in stored for name, _ in network.named_buffers()) else None

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 import socket
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sana.checkpoint.error import CheckpointError
+from sana.checkpoint.hub import SCHEME, fetch, parse
+from sana.checkpoint.record import read_record
 from sana.run.error import ConfigError
+from sana.run.groups import CONF
 from sana.run.records import read_metrics
 
 CHECKPOINT_SUFFIX = ".ckpt"
+SHIPPED = CONF.parent / "experiments"
+SHIPPED_FILE = "model.safetensors"
+LOADED = Path("runs") / "loaded"
 
 
 def find_runs(folder: str | Path) -> Iterator[Path]:
@@ -119,6 +128,81 @@ def find_checkpoint(path: str | Path, key: str = "ckpt") -> tuple[Path, Path]:
         if (run / "config.yaml").is_file():
             return path, run
     raise ConfigError(f"{key}: {path} lies outside a run; its directory must hold the run's config.yaml")
+
+
+@dataclass(frozen=True)
+class Found:
+    """What `ckpt=` leads to.
+
+    Attributes:
+        path: file or folder with the weights.
+        home: directory for what is made of them: the run's own, or one under runs/loaded.
+        of_run: whether a run of this project wrote them, whose records lie in home.
+    """
+
+    path: Path
+    home: Path
+    of_run: bool
+
+
+def find_weights(name: str) -> Found:
+    """The weights that a user names.
+
+    Args:
+        name: a run's directory or checkpoint; a file of weights or a diffusers folder; hf://organisation/repository
+            with or without a file; or the bare name of a shipped model, whose file is
+            experiments/<name>/model.safetensors. What exists under the path goes first.
+
+    Raises:
+        ConfigError: nothing there, with the names that are; or the hub refuses, with the steps that help.
+    """
+    if name.startswith(SCHEME):
+        try:
+            path = fetch(name, (Path("models"), CONF.parent / "models"))
+        except CheckpointError as error:
+            raise ConfigError(f"ckpt: {error}") from None
+        return Found(path, LOADED / parse(name)[0].split("/")[1], of_run=False)
+    path = Path(name).expanduser()
+    shipped = SHIPPED / name / SHIPPED_FILE
+    if path.name == name and shipped.is_file() and not _has_weights(path):
+        return Found(shipped, LOADED / name, of_run=False)
+    if not path.exists():
+        names = shipped_models()
+        near = difflib.get_close_matches(name, names, 1, 0.6)
+        hint = f"did you mean {near[0]}? " if near else ""
+        shown = f"; shipped: {', '.join(names)}" if names else ""
+        raise ConfigError(
+            f"ckpt: {name} does not exist; {hint}give a run, a .ckpt, .pth or .safetensors file, a diffusers folder, "
+            f"or hf://organisation/repository{shown}"
+        )
+    if (path / SHIPPED_FILE).is_file() and not (path / "status.json").is_file():
+        path = path / SHIPPED_FILE
+    if path.suffix in (".pth", ".pt", ".bin", ".safetensors") or _is_diffusers(path):
+        own = path.parent.name if path.name == SHIPPED_FILE else path.stem if path.is_file() else path.name
+        return Found(path, LOADED / (own or "weights"), of_run=False)
+    return Found(*find_checkpoint(path), of_run=True)
+
+
+def shipped_models() -> list[str]:
+    """Names of the models that come with the project."""
+    return sorted(path.parent.name for path in SHIPPED.glob(f"*/{SHIPPED_FILE}") if _is_model(path))
+
+
+def _is_model(path: Path) -> bool:
+    """Whether a safetensors file is a network with a recipe, not the weights of an encoder."""
+    try:
+        return read_record(path) is not None
+    except ValueError:
+        return False
+
+
+def _has_weights(path: Path) -> bool:
+    holds = any((path / name).is_file() for name in ("status.json", SHIPPED_FILE))
+    return path.is_file() or holds or _is_diffusers(path)
+
+
+def _is_diffusers(path: Path) -> bool:
+    return any((path / name).is_file() for name in ("model_index.json", "transformer/config.json", "config.json"))
 
 
 def _state(status: dict[str, Any]) -> str:

@@ -3,6 +3,7 @@ checked."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,14 @@ from typing import Any
 import yaml
 from omegaconf import OmegaConf
 
+from sana.checkpoint.error import CheckpointError
+from sana.checkpoint.published import RELEASES, warning_for
+from sana.checkpoint.record import read_record
 from sana.run.compose import Composed, compose, masked_environment, parse_override, show
 from sana.run.error import ConfigError
+from sana.run.recipe import training_of
 from sana.run.records import is_first_rank
-from sana.run.runs import find_checkpoint, read_overrides
+from sana.run.runs import Found, find_checkpoint, find_weights, read_overrides
 from sana.run.schema import check
 
 # Folders that have to be there before the run; other data modules make theirs.
@@ -78,6 +83,41 @@ def load_saved(run: str | Path) -> Composed:
     return saved
 
 
+def training(found: Found, recipe: str | None = None) -> Composed:
+    """The training configuration behind weights: of their run, in the file's header, or the recipe that they fit.
+
+    Args:
+        found: from `sana.run.runs.find_weights`.
+        recipe: experiment of conf/ to take what published files do not tell from.
+
+    Raises:
+        ConfigError: there is none, or none that this version of the code can build.
+    """
+    if found.of_run:
+        return load_saved(found.home)
+    try:
+        record = read_record(found.path) if found.path.suffix == ".safetensors" else None
+        if record is not None and record.recipe is not None:
+            release = RELEASES.get(str(record.facts.get("release")).lower())
+            if bad := warning_for(release):
+                warnings.warn(f"{found.path}: {bad}", stacklevel=2)
+            return training_of(record, found.path)
+        from sana.checkpoint.source import open_source  # the original files need torch to be read
+        from sana.run.match import match
+
+        facts, composed, notes = match(open_source(found.path), recipe)
+    except (CheckpointError, ConfigError) as error:
+        raise ConfigError(f"ckpt: {error}") from None
+    for note in notes:
+        warnings.warn(f"{found.path}: {note}", stacklevel=2)
+    if facts.family == "sprint":
+        raise ConfigError(
+            f"ckpt: {found.path} is SANA-Sprint, whose sampler (SCM) is not part of this version; "
+            "scripts/convert_checkpoint.py converts its weights"
+        )
+    return composed
+
+
 def fill_from_run(composed: Composed) -> Composed:
     """Sampling and evaluation: take the flow shift, the size and the sampler of training where none is given.
 
@@ -87,10 +127,9 @@ def fill_from_run(composed: Composed) -> Composed:
     config = composed.config.copy()
     if OmegaConf.is_missing(config, "ckpt"):
         raise ConfigError("ckpt: has to be given: a checkpoint, or the directory of a run")
-    _, run = find_checkpoint(str(config.ckpt))
-    saved = load_saved(run).config
+    saved = training(find_weights(str(config.ckpt)), config.get("recipe")).config
     if saved.get("timestep") is None or saved.get("sampler") is None:
-        raise ConfigError(f"ckpt: the run {run} trained {saved.model._target_}, which does not draw from prompts")
+        raise ConfigError(f"ckpt: {config.ckpt} is {saved.model._target_}, which does not draw from prompts")
     OmegaConf.set_struct(config, False)
     if config.get("size") is None:
         config.size = saved.size

@@ -86,7 +86,8 @@ class Sample:
     """Keys of conf/sample.yaml.
 
     Attributes:
-        ckpt: a checkpoint, or the directory of a run, whose newest one is taken.
+        ckpt: a run (its newest checkpoint), a checkpoint, an original .pth, a safetensors file, a diffusers folder,
+            hf://organisation/repository[/file], or the name of a shipped model.
         prompt: what to draw.
         negative: what to steer away from; "" is the null embedding.
         n: images of the prompt, at seeds seed, seed + 1, ...
@@ -97,6 +98,8 @@ class Sample:
         device: "auto", or a torch device.
         precision: of the network.
         weights: the averaged ("ema") or the last ("live") weights of the network.
+        recipe: experiment of conf/ that weights without a run were trained like.
+        allow_missing, allow_extra: names or patterns of tensors that the checkpoint may lack or have over.
     """
 
     ckpt: str
@@ -110,6 +113,9 @@ class Sample:
     device: str
     precision: Literal["auto", "bf16-mixed", "32-true"]
     weights: Literal["ema", "live"]
+    recipe: str | None
+    allow_missing: list[str]
+    allow_extra: list[str]
     timestep: Timestep
     sampler: Node
     quant: Node | None = None
@@ -120,7 +126,8 @@ class Eval:
     """Keys of conf/eval.yaml.
 
     Attributes:
-        ckpt: a checkpoint, or the directory of a run, whose newest one is taken.
+        ckpt: a run (its newest checkpoint), a checkpoint, an original .pth, a safetensors file, a diffusers folder,
+            hf://organisation/repository[/file], or the name of a shipped model.
         per_task: prompts of each task.
         held_out: prompts of each task over combinations that training never saw.
         samples: images per prompt.
@@ -131,6 +138,8 @@ class Eval:
         device: "auto", or a torch device.
         precision: of the network.
         weights: the averaged ("ema") or the last ("live") weights of the network.
+        recipe: experiment of conf/ that weights without a run were trained like.
+        allow_missing, allow_extra: names or patterns of tensors that the checkpoint may lack or have over.
         metric: what to measure, by name.
     """
 
@@ -145,6 +154,9 @@ class Eval:
     device: str
     precision: Literal["auto", "bf16-mixed", "32-true"]
     weights: Literal["ema", "live"]
+    recipe: str | None
+    allow_missing: list[str]
+    allow_extra: list[str]
     timestep: Timestep
     sampler: Node
     metric: Nodes
