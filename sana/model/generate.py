@@ -55,6 +55,11 @@ class Painter:
         """Where the work is done."""
         return next(self.network.parameters()).device if self.offload is None else self.offload.device
 
+    @property
+    def multiple(self) -> int:
+        """Pixels per side of a token: sizes are multiples of it."""
+        return self.autoencoder.ratio * getattr(self.network, "patch", 1)
+
     @torch.no_grad()
     def draw(
         self,
@@ -217,7 +222,7 @@ class Painter:
             joint = None if mask[0] is None or mask[1] is None else torch.cat([mask[0], mask[1]])
             both = Prepared(_select(kv, torch.cat([which, nothing])), joint)
         del kv
-        edits = Edits(identity_attention=frozenset(self._perturbed_layers(sampler)))
+        edits = Edits(identity_attention=frozenset(self.perturbed_layers(sampler)))
 
         def conditional(x: Tensor, t: Tensor) -> Tensor:
             return self._velocity(x, t, alone)
@@ -239,7 +244,12 @@ class Painter:
         v = self.network(x, time, prepared) if edits is None else self.network(x, time, prepared, edits)
         return v.to(x.dtype)
 
-    def _perturbed_layers(self, sampler: Sampler) -> Sequence[int]:
+    def perturbed_layers(self, sampler: Sampler) -> Sequence[int]:
+        """Layers that a sampler perturbs in this network; none without perturbed-attention guidance.
+
+        Raises:
+            ValueError: the network has no such layer.
+        """
         if not sampler.perturbed:
             return ()
         depth = len(self.network.blocks)

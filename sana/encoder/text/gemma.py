@@ -212,7 +212,7 @@ class GemmaEncoder(nn.Module):
 
     @torch.no_grad()
     def padded(self, caption: str, instruct: bool = False) -> Condition:
-        """All `max_tokens` rows of one caption, those of the padding tokens with the features that the model gives them.
+        """All `max_tokens` rows of one caption; those of padding tokens have the features that the model gives them.
 
         The published pipelines let the unconditional branch look at such rows: under the positive prompt's mask.
 
@@ -303,9 +303,7 @@ class GemmaEncoder(nn.Module):
             self._prefix = _Prefix(ids, out.past_key_values, out.last_hidden_state[:, :1])
         return self._prefix
 
-    def _after(
-        self, prefix: _Prefix, ids: Int[Tensor, "b n"], mask: Bool[Tensor, "b n"]
-    ) -> Float[Tensor, "b l c"]:
+    def _after(self, prefix: _Prefix, ids: Int[Tensor, "b n"], mask: Bool[Tensor, "b n"]) -> Float[Tensor, "b l c"]:
         """Features of BOS and of the tokens after the prefix, whose keys and values are not computed again."""
         b, cache = len(ids), copy.copy(prefix.cache)
         # Shared by all rows and by all calls: an update makes new tensors and leaves these as they are.
