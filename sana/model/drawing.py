@@ -20,7 +20,7 @@ import numpy as np
 
 from sana.aspect_ratio import NOMINAL, nearest_bin
 from sana.model.draw_progress import DrawProgress
-from sana.model.generate import Painter
+from sana.model.generate import REMEMBERED, Painter
 from sana.model.preview import Preview
 from sana.run.prompts import Request
 from sana.run.records import to_json, write_atomically
@@ -40,6 +40,7 @@ class Job:
         prompt, negative, seed: of the image.
         drawn: (height, width) in pixels that the network draws.
         asked: (height, width) in pixels of the PNG.
+        entry: number of its prompt.
         metadata: what its line of a file says besides.
     """
 
@@ -49,6 +50,7 @@ class Job:
     seed: int
     drawn: tuple[int, int]
     asked: tuple[int, int]
+    entry: int = 0
     metadata: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -125,21 +127,30 @@ def plan_jobs(
             drawn = drawn_size(*asked, size, multiple, bins)
         except ValueError as error:
             raise ValueError(f"{where}{error}") from None
-        name = re.sub(r"\W+", "_", request.prompt).strip("_")[:60] or "empty"
+        name = _name(request.prompt)
         for k, own in enumerate(seeds):
             if layout == "geneval":
                 path = folder / f"{i:05d}" / "samples" / f"{k:05d}.png"
             else:
                 path = folder / (f"{name}_{own}.png" if len(requests) == 1 else f"{i:05d}_{name}_{own}.png")
             unlike = negative if request.negative is None else request.negative
-            jobs.append(Job(path, request.prompt, unlike, own, drawn, asked, request.metadata))
+            jobs.append(Job(path, request.prompt, unlike, own, drawn, asked, i, request.metadata))
     return jobs
 
 
+def _name(prompt: str) -> str:
+    """The prompt as a part of a file name, of at most 60 letters and 150 bytes."""
+    name = re.sub(r"\W+", "_", prompt).strip("_")[:60]
+    return name.encode()[:150].decode(errors="ignore") or "empty"
+
+
 def _seeds(seed: int | Sequence[int], n: int | None, where: str) -> list[int]:
-    if isinstance(seed, int):
-        return list(range(seed, seed + (4 if n is None else n)))
-    seeds = list(seed)
+    if n is not None and n < 1:
+        raise ValueError(f"n: {n} images; expected at least 1")
+    seeds = list(range(seed, seed + (4 if n is None else n))) if isinstance(seed, int) else list(seed)
+    wrong = [s for s in seeds if not -(2**63) <= s < 2**63]
+    if wrong or not seeds:
+        raise ValueError(f"{where}seed: {wrong[0] if wrong else 'no seed'}; expected integers of 64 bits")
     twice = [s for s, count in Counter(seeds).items() if count > 1]
     if twice:
         raise ValueError(f"{where}seed: {twice[0]} is given twice; every image of a prompt needs its own")
@@ -169,14 +180,20 @@ def draw_jobs(
         negative_mask: see `Painter.draw`.
         preview: a PNG that shows the current batch at every so many steps, removed at the end; None: none.
         progress: is told of every step.
+
+    Raises:
+        ValueError: a batch of no image; layers to perturb that the network does not have.
     """
+    if batch < 1:
+        raise ValueError(f"batch_size: {batch}; expected at least 1")
+    painter.perturbed_layers(sampler)  # before anything is written
     shared, batches = json.loads(to_json(facts)), list(_batches(jobs, batch))
     missing = [{job.path for job in some if not _finished(job, shared)} for some in batches]
     if progress is not None:
         progress.start(len(jobs), sum(len(some) for some, lack in zip(batches, missing, strict=True) if not lack))
     ahead = dict.fromkeys(job.prompt for some, lack in zip(batches, missing, strict=True) if lack for job in some)
     if painter.offload is not None and ahead:
-        painter.remember(list(ahead)[:_REMEMBER])
+        painter.remember(list(ahead)[:REMEMBERED])  # one visit of the text encoder
     shown = None if preview is None else Preview(painter, preview[0], preview[1])
     try:
         for some, lack in zip(batches, missing, strict=True):
@@ -210,9 +227,9 @@ def draw_grid(path: str | Path, jobs: Sequence[Job]) -> Path:
     Raises:
         ValueError: prompts with different numbers of images, images of different sizes, or too large a picture.
     """
-    rows: dict[tuple[str, str], list[Job]] = {}
+    rows: dict[int, list[Job]] = {}
     for job in jobs:
-        rows.setdefault((job.prompt, job.path.stem if not job.prompt else ""), []).append(job)
+        rows.setdefault(job.entry, []).append(job)
     seeds = [[job.seed for job in row] for row in rows.values()]
     labels = [f"seed {s}" for s in seeds[0]] if all(row == seeds[0] for row in seeds) else []
     pixels = sum(job.asked[0] * job.asked[1] for job in jobs)
@@ -221,7 +238,7 @@ def draw_grid(path: str | Path, jobs: Sequence[Job]) -> Path:
             f"grid: {len(jobs)} images have {pixels / 1e6:.0f} megapixels; give fewer prompts, or grid=false"
         )
     images = [[read_image(job.path) for job in row] for row in rows.values()]
-    return save_grid(path, images, [prompt for prompt, _ in rows], labels)
+    return save_grid(path, images, [row[0].prompt for row in rows.values()], labels)
 
 
 def _batches(jobs: Sequence[Job], batch: int) -> Iterator[list[Job]]:
@@ -265,6 +282,3 @@ def _watchers(progress: DrawProgress | None, preview: Preview | None, images: in
             watcher(step)
 
     return on_step
-
-
-_REMEMBER = 1024  # prompts whose features are computed before the first image, where the text encoder has to leave

@@ -49,6 +49,7 @@ class Painter:
         self.network, self.autoencoder, self.text_encoder = network, autoencoder, text_encoder
         self.null_like, self.offload, self.autocast_decoder = null_like, offload, autocast_decoder
         self._rows: OrderedDict[str, Tensor] = OrderedDict()
+        self._padded: dict[str, Condition] = {}
 
     @property
     def device(self) -> torch.device:
@@ -133,10 +134,9 @@ class Painter:
         unique = list(dict.fromkeys(prompts))
         places = {prompt: i for i, prompt in enumerate(unique)}
         which = torch.tensor([places[prompt] for prompt in prompts])
-        with self._using(self.text_encoder):
-            self.remember(unique)
-            condition = self._condition(unique)
-            null = self._null(condition, negative, negative_mask) if self._pairs(sampler) else None
+        self.remember(unique)
+        condition = self._condition(unique)
+        null = self._null(condition, negative, negative_mask) if self._pairs(sampler) else None
         with self._using(self.network), _times(self.network, sampler.floor):
             return self._sample(condition, null, which, seeds, sampler, (height // ratio, width // ratio), on_step)
 
@@ -174,9 +174,14 @@ class Painter:
         """What to steer away from: text (1, l, c) for all prompts, and a mask for each."""
         assert condition.mask is not None
         if not negative and mode is None:
-            null = self.null_like(condition)
+            with self._using(self.text_encoder):
+                null = self.null_like(condition)
             return Condition(null.text[:1], null.mask)
-        other = self.text_encoder.padded(negative)
+        if negative not in self._padded:
+            with self._using(self.text_encoder):
+                self._padded = {negative: self.text_encoder.padded(negative)}
+        other = self._padded[negative]
+        assert other.mask is not None
         text, mask = other.text.to(self.device), other.mask.to(self.device)
         if mode == "caption":
             return Condition(text[:, : condition.text.shape[1]], condition.mask)
@@ -280,6 +285,8 @@ def _times(network: Any, floor: bool | None) -> Iterator[None]:
     if floor is None or before is None or floor == before:
         yield
         return
+    if floor and network.time_scale <= 1:
+        raise ValueError(f"sampler.floor: the network sees t * {network.time_scale}; rounded down, no time is left")
     network.floor_time = floor
     try:
         yield

@@ -26,6 +26,7 @@ Task = Callable[["Composed"], int | None]
 
 # Settings that are prose: what stands behind the sign is the text, commas and quotes included.
 PROSE = {"sample": ("prompt", "negative")}
+QUOTED = re.compile(r"""\"(?:[^\"\\]|\\.)*\"|'(?:[^'\\]|\\.)*'|\[.*\]""", re.DOTALL)
 REFUSED = 2  # exit code: the run did not start, and one line says why
 EXAMPLES = {
     "train": """\
@@ -86,7 +87,7 @@ def quote_prose(word: str, keys: Sequence[str]) -> str:
     key, sign, value = word.partition("=")
     if not sign or key.lstrip("+") not in keys or value in ("", "???"):
         return word
-    if value[0] + value[-1] in ('""', "''", "[]") and len(value) > 1:
+    if QUOTED.fullmatch(value):
         return word
     # Before a quote, and at the end, a backslash counts twice in Hydra's grammar; elsewhere it is itself.
     text = re.sub(r'(\\*)("|$)', lambda found: found[1] * 2 + ('\\"' if found[2] else ""), value)
