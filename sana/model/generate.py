@@ -156,7 +156,10 @@ class Painter:
         missing = [p for p in dict.fromkeys(prompts) if p not in self._rows]
         if missing:
             with self._using(self.text_encoder):
-                self._rows.update(zip(missing, self.text_encoder.rows(missing), strict=True))
+                rows = self.text_encoder.rows(missing)
+            if self.offload is not None:  # the device has better use for its memory
+                rows = [row.cpu() for row in rows]
+            self._rows.update(zip(missing, rows, strict=True))
         for prompt in prompts:
             self._rows.move_to_end(prompt)
         while len(self._rows) > max(REMEMBERED, len(set(prompts))):
@@ -219,21 +222,18 @@ class Painter:
         every = torch.cat([_pad(part, length) for part in text])
         # Keys and values once per distinct prompt; for nothing, which all images share, once in all.
         kv = self.network.prepare(Condition(every)).text_kv
+        rows = which if null is None else torch.cat([which, torch.full_like(which, len(condition.text))])
+        kv = _select(kv, rows)
         mask = [None if m is None else _pad(m, length)[which] for m in masks]
-        alone = Prepared(_select(kv, which), mask[0], guidance)
-        both = None
-        if null is not None:
-            nothing = torch.full_like(which, len(condition.text))
-            joint = None if mask[0] is None or mask[1] is None else torch.cat([mask[0], mask[1]])
-            both = Prepared(_select(kv, torch.cat([which, nothing])), joint)
-        del kv
+        joint = None if any(m is None for m in mask) else torch.cat(mask)  # type: ignore[arg-type]
+        both = Prepared(kv, joint)
+        alone = Prepared(tuple(layer[: len(which)] for layer in kv), mask[0], guidance)
         edits = Edits(identity_attention=frozenset(self.perturbed_layers(sampler)))
 
         def conditional(x: Tensor, t: Tensor) -> Tensor:
             return self._velocity(x, t, alone)
 
         def pair(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-            assert both is not None
             return self._velocity(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)  # type: ignore[return-value]
 
         def perturbed(x: Tensor, t: Tensor) -> Tensor:

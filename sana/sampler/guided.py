@@ -96,10 +96,10 @@ class Sampler:
         Raises:
             ValueError: perturbed-attention guidance without the perturbed velocity.
         """
-        velocity = self._guide(conditional, pair, perturbed)
+        velocity, grid = self._guide(conditional, pair, perturbed), self.grid(self.steps)
         if on_step is not None:
-            velocity = _watched(velocity, self.steps, on_step)
-        return self.solver(velocity, noise.to(torch.promote_types(noise.dtype, torch.float32)), self.grid(self.steps))
+            velocity = _watched(velocity, grid.tolist(), on_step)
+        return self.solver(velocity, noise.to(torch.promote_types(noise.dtype, torch.float32)), grid)
 
     def _guide(
         self,
@@ -120,14 +120,14 @@ class Sampler:
         return pag(triple, self.guidance, self.pag_scale, (low, high), conditional)
 
 
-def _watched(velocity: Velocity, steps: int, on_step: OnStep) -> Velocity:
+def _watched(velocity: Velocity, times: list[float], on_step: OnStep) -> Velocity:
+    """The velocity, reporting each call; times from the grid, because reading them from a device would wait for it."""
     count = 0
 
     def watched(x: Tensor, t: Tensor) -> Tensor:
         nonlocal count
         v = velocity(x, t)
-        time = float(t[0])
-        on_step(Step(count, steps, time, x.float() - time * v.float()))
+        on_step(Step(count, len(times) - 1, times[count], x.float() - times[count] * v.float()))
         count += 1
         return v
 

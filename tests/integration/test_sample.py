@@ -23,7 +23,7 @@ from sana.run.launch import launch
 from sana.run.saved import to_yaml
 
 ROOT = Path(__file__).resolve().parents[2]
-WIDTHS, LAYERS = (8, 8, 8, 8, 32, 32), (1, 1, 1, 1, 1, 1)
+WIDTHS, LAYERS = (8, 8, 8, 32, 32, 32), (1, 1, 1, 1, 1, 1)
 RECIPE = [
     "experiment=image/sana_600m_512px",
     "network.width=96",
