@@ -3,8 +3,9 @@ its inputs, names and refusals."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,6 @@ from sana.model.generate import NOISE_SEED
 from sana.ops.random import normal
 from sana.run.build import build
 from sana.run.compose import compose
-from sana.run.launch import launch
 from sana.run.saved import to_yaml
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -40,12 +40,31 @@ RECIPE = [
 ]
 
 
+# One process for all calls, because starting one takes seconds; without the types that the tests check elsewhere.
+SERVER = """
+import contextlib, io, json, sys
+import sample
+from sana.run.launch import launch
+for line in sys.stdin:
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = launch("sample", sample.sample, json.loads(line))
+    print(json.dumps([code, out.getvalue(), err.getvalue()]), flush=True)
+"""
+
+
 @pytest.fixture(scope="module")
 def sample():
-    spec = importlib.util.spec_from_file_location("sample_entry", ROOT / "sample.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return lambda *arguments: launch("sample", module.sample, arguments)
+    """sample.py's command line: arguments -> exit code, standard output, standard error."""
+    command = [sys.executable, "-c", SERVER]
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+
+        def call(*arguments):
+            print(json.dumps(arguments), file=process.stdin, flush=True)
+            return json.loads(process.stdout.readline())
+
+        yield call
+        process.stdin.close()
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +130,8 @@ def diffusers_images(module, prompts, seeds, height, width, grid):
     )[0]  # fmt: skip
 
 
-def test_pictures_are_those_of_diffusers(sample, run, tmp_path, capsys):
+@pytest.mark.slow
+def test_pictures_are_those_of_diffusers(sample, run, tmp_path):
     """Through the bin of the ratio (384 x 672 for 16:9 and half as much again), its resizing and its rounding."""
     folder, module = run
     prompts = tmp_path / "prompts.jsonl"
@@ -119,8 +139,9 @@ def test_pictures_are_those_of_diffusers(sample, run, tmp_path, capsys):
     prompts.write_text("".join(json.dumps(line) + "\n" for line in lines))
     arguments = [f"ckpt={folder}", f"prompt={prompts}", f"out={tmp_path / 'out'}", "width=1344", "height=768",
                  "sampler.steps=4", "precision=32-true", "negative=blurry", "negative_mask=own"]  # fmt: skip
-    assert sample(*arguments) == 0
-    paths = [Path(line) for line in capsys.readouterr().out.split()]
+    code, out, err = sample(*arguments)
+    assert code == 0, err
+    paths = [Path(line) for line in out.split()]
     assert [path.name for path in paths] == [
         "00000_a_bench_wooden_5.png", "00000_a_bench_wooden_8589934592.png", "00001_two_stars_7.png",
         "00001_two_stars_8.png",
@@ -135,18 +156,18 @@ def test_pictures_are_those_of_diffusers(sample, run, tmp_path, capsys):
         assert (record["size"], record["drawn"]) == ([1344, 768], [672, 384])
         assert record["sampler"]["grid"]["shift"] == 3.0
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
-    assert sample(*arguments) == 0
+    assert sample(*arguments) == [0, out, ""]
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == before
 
 
-def test_the_published_mask_of_nothing_is_the_default(sample, run, tmp_path, capsys):
+def test_the_published_mask_of_nothing_is_the_default(sample, run, tmp_path):
     folder, _ = run
     common = [f"ckpt={folder}", "prompt=a cat", "n=1", "sampler.steps=1", "precision=32-true"]
     pictures = []
     for mask in ("null", "caption", "own"):
-        assert sample(*common, f"negative_mask={mask}", f"out={tmp_path / mask}") == 0
-        (path,) = capsys.readouterr().out.split()
-        pictures.append(np.asarray(Image.open(path)).astype(int))
+        code, path, err = sample(*common, f"negative_mask={mask}", f"out={tmp_path / mask}")
+        assert code == 0, err
+        pictures.append(np.asarray(Image.open(path.strip())).astype(int))
     assert (pictures[0] == pictures[1]).all()
     assert (pictures[0] != pictures[2]).any()
 
@@ -164,17 +185,16 @@ def test_the_published_mask_of_nothing_is_the_default(sample, run, tmp_path, cap
         ("device=mps", "device: mps is not here"),
     ],
 )
-def test_what_cannot_be_drawn_is_one_line_and_writes_nothing(sample, run, tmp_path, capsys, setting, said):
+def test_what_cannot_be_drawn_is_one_line_and_writes_nothing(sample, run, tmp_path, setting, said):
     arguments = [f"ckpt={run[0]}", "prompt=x", f"out={tmp_path / 'out'}", *setting.split()]
-    assert sample(*arguments) == 2
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert captured.err.startswith(f"sample.py: {said}")
-    assert captured.err.count("\n") == 1
+    code, out, err = sample(*arguments)
+    assert (code, out) == (2, "")
+    assert err.startswith(f"sample.py: {said}")
+    assert err.count("\n") == 1
     assert not (tmp_path / "out").exists()
 
 
-def test_small_cards_and_other_precisions_draw_nearly_the_same(sample, run, tmp_path, capsys):
+def test_small_cards_and_other_precisions_draw_nearly_the_same(sample, run, tmp_path):
     common = [f"ckpt={run[0]}", "prompt=a cat", "seed=[3]", "sampler.steps=2", "width=256", "height=256", "bins=false"]
     pictures = {}
     for name, settings in {
@@ -183,8 +203,9 @@ def test_small_cards_and_other_precisions_draw_nearly_the_same(sample, run, tmp_
         "sequential": ["precision=32-true", "offload=sequential", "preview=1", "grid=true"],
         "bf16": ["precision=bf16-true", "dtype.autoencoder=bfloat16", "dtype.text=bfloat16"],
     }.items():
-        assert sample(*common, *settings, f"out={tmp_path / name}") == 0
-        pictures[name] = np.asarray(Image.open(capsys.readouterr().out.split()[0])).astype(int)
+        code, out, err = sample(*common, *settings, f"out={tmp_path / name}")
+        assert code == 0, err
+        pictures[name] = np.asarray(Image.open(out.split()[0])).astype(int)
     assert (pictures["plain"] == pictures["model"]).all()
     assert (pictures["plain"] == pictures["sequential"]).all()
     assert sorted(p.name for p in (tmp_path / "sequential").iterdir()) == [
