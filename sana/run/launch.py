@@ -6,6 +6,7 @@ Until a configuration has passed its check nothing heavy is imported: help and r
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
 
 Task = Callable[["Composed"], int | None]
 
+# Settings that are prose: what stands behind the sign is the text, commas and quotes included.
+PROSE = {"sample": ("prompt", "negative")}
+QUOTED = re.compile(r"""\"(?:[^\"\\]|\\.)*\"|'(?:[^'\\]|\\.)*'|\[.*\]""", re.DOTALL)
 REFUSED = 2  # exit code: the run did not start, and one line says why
 EXAMPLES = {
     "train": """\
@@ -33,7 +37,8 @@ python train.py -m seed=1,2 trainer.max_steps=20             two runs, one after
 python train.py --rerun runs/tiny/2026-01-31_12-00-00_0      the same settings again""",
     "sample": """\
 python sample.py ckpt=runs/tiny/2026-01-31_12-00-00_0 prompt="a red circle left of a blue square" n=8
-python sample.py ckpt=... prompt="..." sampler=euler sampler.guidance=3""",
+python sample.py ckpt=... prompt=prompts.txt n=4 out=pictures grid=true      (stop it and run it again: it goes on)
+python sample.py ckpt=... prompt="..." width=1920 height=1080 sampler=flow_euler sampler.pag_scale=2""",
     "eval": """\
 python eval.py ckpt=runs/tiny/2026-01-31_12-00-00_0
 python eval.py ckpt=... metric=[geneval_scenes,fid] sampler.steps=10""",
@@ -72,8 +77,21 @@ def read_arguments(entry: str, arguments: Sequence[str]) -> Arguments:
         elif word.startswith("-"):
             raise ConfigError(f"{word}: no such option; options: {', '.join([*names, '--rerun'])}, settings: key=value")
         else:
-            overrides.append(word)
+            overrides.append(quote_prose(word, PROSE.get(entry, ())))
     return Arguments(tuple(overrides), "help" in flags, "show" in flags, "multirun" in flags, rerun)
+
+
+def quote_prose(word: str, keys: Sequence[str]) -> str:
+    """A setting whose value is prose, quoted so that Hydra takes it as it is; others, and values that are quoted or a
+    list already, as they are."""
+    key, sign, value = word.partition("=")
+    if not sign or key.lstrip("+") not in keys or value in ("", "???"):
+        return word
+    if QUOTED.fullmatch(value):
+        return word
+    # Before a quote, and at the end, a backslash counts twice in Hydra's grammar; elsewhere it is itself.
+    text = re.sub(r'(\\*)("|$)', lambda found: found[1] * 2 + ('\\"' if found[2] else ""), value)
+    return f'{key}="{text}"'
 
 
 def launch(entry: str, task: Task, arguments: Sequence[str] | None = None) -> int:

@@ -82,36 +82,68 @@ class Timestep:
 
 
 @dataclass
+class Dtype:
+    """Precision of the encoders while drawing; float16 is refused with the reason.
+
+    Attributes:
+        autoencoder: "auto": weights as in the recipe, under the network's precision. "float32", "bfloat16": that, and
+            not under the network's precision.
+        text: "auto": as in the recipe; "float32" or "bfloat16".
+    """
+
+    autoencoder: str
+    text: str
+
+
+@dataclass
 class Sample:
     """Keys of conf/sample.yaml.
 
     Attributes:
         ckpt: a run (its newest checkpoint), a checkpoint, an original .pth, a safetensors file, a diffusers folder,
             hf://organisation/repository[/file], or the name of a shipped model.
-        prompt: what to draw.
+        prompt: what to draw: a text, a list of texts, or a .txt, .json or .jsonl file of prompts.
         negative: what to steer away from; "" is the null embedding.
-        n: images of the prompt, at seeds seed, seed + 1, ...
-        seed: of the first image.
-        size: pixels of a side; null takes the size of training.
+        negative_mask: which rows of the negative prompt count: its "own", or as many as the "caption" has; null as in
+            training.
+        n: images of each prompt, at seeds seed, seed + 1, ...; null is 4, or the number of seeds.
+        seed: of the first image of each prompt, or a list with one seed per image.
+        size: nominal resolution of the model; null takes the size of training.
+        width, height: pixels of the images; null is size.
+        bins: draw at the nearest of the published sizes (512, 1024, 2048, 4096 px), then resize and crop.
         out: folder of the images; null is "drawn" in the run's directory.
+        layout: how files are named, by prompt ("flat") or as GenEval's scorer reads them ("geneval").
+        grid: also write all images as one labelled picture, grid.png.
+        preview: show the current batch in .preview.png at every so many steps; 0 for not.
         batch_size: images per call of the network.
         device: "auto", or a torch device.
-        precision: of the network.
+        offload: keep parts in main memory while they do not work ("model"), or even single layers ("sequential").
+        precision: of the network: "auto", "bf16-mixed", "bf16-true" (weights too) or "32-true".
+        dtype: of the encoders.
         weights: the averaged ("ema") or the last ("live") weights of the network.
         recipe: experiment of conf/ that weights without a run were trained like.
         allow_missing, allow_extra: names or patterns of tensors that the checkpoint may lack or have over.
     """
 
     ckpt: str
-    prompt: str
+    prompt: str | list[str]
     negative: str
-    n: int
-    seed: int
+    negative_mask: Literal["own", "caption"] | None
+    n: int | None
+    seed: int | list[int]
     size: int | None
+    width: int | None
+    height: int | None
+    bins: bool
     out: str | None
+    layout: Literal["flat", "geneval"]
+    grid: bool
+    preview: int
     batch_size: int
     device: str
-    precision: Literal["auto", "bf16-mixed", "32-true"]
+    offload: Literal["none", "model", "sequential"]
+    precision: str
+    dtype: Dtype
     weights: Literal["ema", "live"]
     recipe: str | None
     allow_missing: list[str]

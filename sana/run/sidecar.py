@@ -1,8 +1,8 @@
 """Images as PNG with a JSON beside each, so that every picture says how to make it again.
 
 `a.png` has `a.json`: prompt, seed, steps, guidance, sampler, checkpoint digest, commit, size, and a digest of
-the pixels. The PNG is put in place first and the JSON second, both in one step each, so an image with a
-sidecar is complete.
+the pixels. The PNG carries the same in its metadata, as JSON under "parameters", for pictures that travel alone. It
+is put in place first and the JSON second, both in one step each, so an image with a sidecar is complete.
 
 A grid of samples (`samples/step_00000500.png`) is a labelled picture for people; its JSON says which label and
 rectangle each cell has, so that the report can show one prompt over all steps.
@@ -22,12 +22,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 
 from sana.run.records import to_json
 
 REQUIRED = ("prompt", "seed", "steps", "guidance", "sampler", "checkpoint", "commit")
 """What a sidecar must say; commit and checkpoint may be None where there is none."""
 
+PARAMETERS = "parameters"  # key of the facts in a PNG's metadata; where other tools look too
 GAP, MARGIN, FONT, LINE = 6, 14, 13, 17  # of a grid, in pixels
 CELL = 128  # images in a grid smaller than this are enlarged by a whole factor, so that single pixels stay visible
 PAPER, INK = (255, 255, 255), (32, 36, 44)
@@ -58,10 +60,11 @@ def save_image(path: str | Path, image: NDArray[np.uint8], facts: Mapping[str, A
     if image.ndim != 3 or image.shape[-1] != 3 or image.dtype != np.uint8:
         raise ValueError(f"{path.name}: image is {image.dtype} of shape {image.shape}, expected uint8 (H, W, 3)")
     path.parent.mkdir(parents=True, exist_ok=True)
-    data = io.BytesIO()
-    Image.fromarray(image).save(data, format="PNG")
-    replace_bytes(path, data.getvalue())
     record = {**facts, "size": [image.shape[1], image.shape[0]], "pixels": pixel_digest(image)}
+    text, data = PngInfo(), io.BytesIO()
+    text.add_itxt(PARAMETERS, to_json(record))
+    Image.fromarray(image).save(data, format="PNG", pnginfo=text)
+    replace_bytes(path, data.getvalue())
     replace_bytes(path.with_suffix(".json"), (to_json(record, indent=2) + "\n").encode())
     return path
 

@@ -305,3 +305,80 @@ def test_instruction_of_diffusers_is_recognised(monkeypatch):
     monkeypatch.setitem(SHA256, "diffusers", "0" * 64)
     with pytest.raises(ValueError, match="has another text"):
         read_instruction("diffusers")
+
+
+INSTRUCTION = "please draw: "
+
+
+def forwards(encoder: GemmaEncoder, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """Shapes of the token batches that the model is given from now on."""
+    shapes: list[tuple[int, ...]] = []
+    forward = encoder.model.forward
+    monkeypatch.setattr(
+        encoder.model, "forward", lambda **k: shapes.append(tuple(k["input_ids"].shape)) or forward(**k)
+    )
+    return shapes
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_instruction_is_read_once(seed, monkeypatch):
+    """The prefix's keys and values, kept, give what the whole sequence gives: also where the sliding window of 9 tokens
+    reaches into the 13 of the instruction or leaves them behind."""
+    encoder = build(seed, instruction=INSTRUCTION)
+    shapes = forwards(encoder, monkeypatch)
+    first, again = encoder.encode(CAPTIONS), encoder.encode(CAPTIONS[:2])
+    start = len(INSTRUCTION)
+    assert shapes == [(1, start), (4, 44), (2, 44)]
+    assert first.mask is not None
+    for row, caption in enumerate(CAPTIONS):
+        full = naive_forward(encoder, encoder.tokenizer(INSTRUCTION + caption).input_ids)
+        expected = torch.cat([full[:1], full[start:]])[:45]
+        torch.testing.assert_close(first.text[row, : len(expected)].double(), expected, rtol=1e-4, atol=1e-4)
+        whole = encoder._hidden(*encoder._tokenise([INSTRUCTION + caption], INSTRUCTION, longest=True))[0]
+        kept = first.text[row][first.mask[row]]
+        torch.testing.assert_close(kept, whole[[0, *range(start, len(whole))]], rtol=2e-5, atol=2e-5)
+    torch.testing.assert_close(again.text[again.mask], first.text[:2][first.mask[:2]], rtol=1e-5, atol=1e-5)
+    shapes.clear()
+    encoder.to(torch.float64)
+    encoder.encode(CAPTIONS[:1])
+    assert shapes == [(1, start), (1, 44)], "what was kept was of another type"
+
+
+def test_a_prompt_that_merges_with_the_instruction_is_computed_whole(monkeypatch):
+    encoder = build(2, instruction=INSTRUCTION)
+    tokenise = encoder._tokenise
+
+    def merging(texts, prefix, longest):
+        ids, mask = tokenise(texts, prefix, longest)
+        ids[1, len(prefix) - 3] = 99  # as if the second prompt changed a token before the last of the instruction
+        return ids, mask
+
+    monkeypatch.setattr(encoder, "_tokenise", merging)
+    got = encoder.encode(CAPTIONS[:3])
+    ids, mask = merging([INSTRUCTION + c for c in CAPTIONS[:3]], INSTRUCTION, False)
+    want = encoder._hidden(ids, mask)[:, [0, *range(len(INSTRUCTION), ids.shape[1])]]
+    torch.testing.assert_close(got.text[got.mask], want[got.mask], rtol=2e-5, atol=2e-5)
+    assert (encoder.encode(CAPTIONS[1:2] * 2).text[0, 1] - got.text[1, 1]).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("cache", [0, 9])
+@pytest.mark.parametrize("instruction", [None, INSTRUCTION])
+def test_rows_depend_on_the_caption_alone(instruction, cache):
+    def rows(captions):
+        return build(3, instruction=instruction, trim=True, cache=cache).rows(captions)
+
+    together = rows([*CAPTIONS, CAPTIONS[0]])
+    for caption, row in zip([*CAPTIONS, CAPTIONS[0]], together, strict=True):
+        assert torch.equal(row, rows([caption])[0]), "to the last bit"
+    full = build(3, instruction=instruction).encode(CAPTIONS)
+    for row, text, mask in zip(together, full.text, full.mask, strict=False):
+        torch.testing.assert_close(row, text[mask], rtol=2e-5, atol=2e-5)
+
+
+def test_padded_rows_have_the_features_of_the_padding():
+    plain, trimmed = build(4), build(4, trim=True, cache=5)
+    for caption in ("a red circle", ""):
+        want, got = plain.encode([caption], instruct=False), trimmed.padded(caption)
+        torch.testing.assert_close(got.text, want.text, rtol=0, atol=0)
+        assert torch.equal(got.mask, want.mask)
+    assert torch.equal(trimmed.null(1).text, trimmed.padded("").text)

@@ -149,6 +149,32 @@ def test_sampling_takes_what_it_leaves_open_from_the_run(tmp_path: Path) -> None
         prepare("sample", [f"ckpt={path}", "prompt=x", "sampler.stpes=3"])
 
 
+PROSE = [
+    "a cat, asleep; a dog's (red) bed: 50% off = 3?",
+    "a sign that says \"open, always\" and 'closed'",
+    '"hello" and "world"',
+    "a back\\slash, and one at the end\\",
+    'a \\"quoted\\" backslash',
+    "42",
+    "null",
+    "小狗, 🙂",
+    "{a: b}",
+]
+
+
+def test_a_prompt_is_taken_as_it_stands(tmp_path: Path) -> None:
+    path, seen = start(tmp_path), []
+    (path / "checkpoints").mkdir()
+    (path / "checkpoints" / "step_1.ckpt").touch()
+    for text in PROSE:
+        assert launch("sample", seen.append, [f"ckpt={path}", f"prompt={text}", f"negative={text}"]) == 0
+        assert (seen[-1].resolved["prompt"], seen[-1].resolved["negative"]) == (text, text)
+    # What is quoted, or a list, is read as a setting.
+    assert launch("sample", seen.append, [f"ckpt={path}", "prompt=[a b,'c, d']", 'negative="x, y"', "seed=[1,2]"]) == 0
+    values = seen[-1].resolved
+    assert (values["prompt"], values["negative"], values["seed"]) == (["a b", "c, d"], "x, y", [1, 2])
+
+
 def test_secrets_stay_as_they_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "hunter2")
     notes = "logger.wandb.notes='x-${logger.wandb.entity}'"

@@ -43,6 +43,13 @@ def test_pixels_and_facts_survive(tmp_path):
     assert sorted(p.name for p in path.parent.iterdir()) == ["a.json", "a.png"]
 
 
+def test_a_picture_alone_says_how_it_was_made(tmp_path):
+    path = save_image(tmp_path / "a.png", picture(), {**FACTS, "prompt": "ein Hündchen 🙂, 小狗"})
+    with Image.open(path) as file:
+        assert json.loads(file.text["parameters"]) == read_sidecar(path)
+        assert (np.asarray(file) == picture()).all()
+
+
 def test_same_image_same_bytes(tmp_path):
     paths = [save_image(tmp_path / f"{k}.png", picture(), FACTS) for k in "ab"]
     assert paths[0].read_bytes() == paths[1].read_bytes()

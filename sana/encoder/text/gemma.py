@@ -6,9 +6,10 @@ taken after its final RMSNorm and are not normalised here (the network does that
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -23,11 +24,26 @@ _CHUNK = 8
 shape: with it a caption's features are a function of the caption alone, whatever else was in the batch or cache."""
 
 
+class _Prefix(NamedTuple):
+    """The instruction, read once.
+
+    Attributes:
+        ids: (start,) its tokens without the last one, which the prompt's first word may swallow.
+        cache: their keys and values in every layer, for a batch of one.
+        first: (1, 1, c) features of BOS.
+    """
+
+    ids: Int[Tensor, " start"]
+    cache: Any
+    first: Float[Tensor, "1 1 c"]
+
+
 class GemmaEncoder(nn.Module):
     """Prompts to token features.
 
     A prompt of k tokens gives BOS and its first k rows; masked rows fill it to `max_tokens`. Before the prompt stands
     the instruction, if there is one: it is seen by the prompt's tokens through causal attention, and its rows are cut.
+    As no token of it sees the prompt, its keys and values are computed once and serve every prompt.
     The sequence is cut on the right at n_instruction + max_tokens - 2 tokens, where the 2 are BOS and the trailing
     space of the instruction, which becomes part of the prompt's first word.
 
@@ -136,6 +152,7 @@ class GemmaEncoder(nn.Module):
         self.register_buffer("_null", None, persistent=False)
         self.register_buffer("_null_mask", None, persistent=False)
         self._start = len(tokenizer(self.instruction).input_ids) - 1 if self.instruction else 1
+        self._prefix: _Prefix | None = None
         self._cache: OrderedDict[str, Tensor] = OrderedDict()
         self._capacity = cache
 
@@ -146,6 +163,7 @@ class GemmaEncoder(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         """Moved or cast: what is cached lies elsewhere."""
         self._cache.clear()
+        self._prefix = None
         return super()._apply(fn, recurse)
 
     @torch.no_grad()
@@ -160,16 +178,54 @@ class GemmaEncoder(nn.Module):
             text (b, l, channels) in the model's dtype and mask (b, l), True on BOS and the prompt's tokens; l is
             `max_tokens`, or with `trim` the longest of the batch.
         """
-        if isinstance(captions, str) or not len(captions):
-            raise ValueError(f"text encoder: expected a non-empty list of captions, got {captions!r}")
-        texts = [self._normalise(caption) for caption in captions]
-        prefix = self.instruction if instruct else ""
+        texts, prefix = self._texts(captions), self.instruction if instruct else ""
         if self._capacity:
-            return self._encode_cached(texts, prefix)
+            rows = self._cached_rows(texts, prefix)
+            lengths = torch.tensor([len(row) for row in rows])
+            mask = torch.arange(int(lengths.max())) < lengths[:, None]
+            return Condition(text=nn.utils.rnn.pad_sequence(rows, batch_first=True), mask=mask.to(self.model.device))
         ids, mask = self._tokenise([prefix + text for text in texts], prefix, longest=self.trim)
         features, mask = self._run(ids, mask, prefix)
         if self.trim:
             features = features * mask.unsqueeze(-1)
+        return Condition(text=features, mask=mask)
+
+    @torch.no_grad()
+    def rows(self, captions: Sequence[str], instruct: bool = True) -> list[Float[Tensor, "k c"]]:
+        """Features of each caption's own tokens, which depend on the caption alone, to the last bit.
+
+        Each caption is computed by itself (with a cache: in chunks of a constant shape), so neither padding nor company
+        shows in them: what a picture needs that shall be the same in any batch. A caption that occurs twice is computed
+        once. Arguments as in `encode`.
+
+        Returns:
+            One (k, channels) per caption, k = its tokens with BOS, at most `max_tokens`.
+        """
+        texts, prefix = self._texts(captions), self.instruction if instruct else ""
+        if self._capacity:
+            return self._cached_rows(texts, prefix)
+        found = {}
+        for text in dict.fromkeys(texts):
+            ids, mask = self._tokenise([prefix + text], prefix, longest=True)
+            found[text] = self._run(ids, mask, prefix)[0][0]
+        return [found[text] for text in texts]
+
+    @torch.no_grad()
+    def padded(self, caption: str, instruct: bool = False) -> Condition:
+        """All `max_tokens` rows of one caption; those of padding tokens have the features that the model gives them.
+
+        The published pipelines let the unconditional branch look at such rows: under the positive prompt's mask.
+
+        Args:
+            caption: such as a negative prompt, or "".
+            instruct: put the instruction before it.
+
+        Returns:
+            text (1, max_tokens, channels) and mask (1, max_tokens), True on BOS and the caption's tokens.
+        """
+        (text,), prefix = self._texts([caption]), self.instruction if instruct else ""
+        ids, mask = self._tokenise([prefix + text], prefix, longest=False)
+        features, mask = self._run(ids, mask, prefix)
         return Condition(text=features, mask=mask)
 
     @torch.no_grad()
@@ -184,14 +240,19 @@ class GemmaEncoder(nn.Module):
             text (b, length, channels), with the features of the padding tokens beyond BOS, and mask, True on BOS.
         """
         if self._null is None:
-            ids, mask = self._tokenise([""], "", longest=False)
-            self._null, self._null_mask = self._run(ids, mask, "")
+            null = self.padded("")
+            self._null, self._null_mask = null.text, null.mask
         assert self._null is not None
         assert self._null_mask is not None
         length = self.max_tokens if length is None else length
         if not 1 <= length <= self.max_tokens:
             raise ValueError(f"text encoder: null of length {length}, expected 1 to {self.max_tokens}")
         return Condition(text=self._null[:, :length].expand(b, -1, -1), mask=self._null_mask[:, :length].expand(b, -1))
+
+    def _texts(self, captions: Sequence[str]) -> list[str]:
+        if isinstance(captions, str) or not len(captions):
+            raise ValueError(f"text encoder: expected a non-empty list of captions, got {captions!r}")
+        return [self._normalise(caption) for caption in captions]
 
     def _normalise(self, caption: str) -> str:
         if self.lowercase:
@@ -217,14 +278,45 @@ class GemmaEncoder(nn.Module):
     ) -> tuple[Float[Tensor, "b l c"], Bool[Tensor, "b l"]]:
         """Last hidden state and mask of BOS and of what follows the prefix."""
         start = self._start if prefix else 1
+        rows = [0, *range(start, ids.shape[1])]
         # Under a surrounding autocast the features would depend on who calls.
         with torch.autocast(ids.device.type, enabled=False):
-            hidden = self.model(input_ids=ids, attention_mask=mask.long(), use_cache=False).last_hidden_state
-        rows = [0, *range(start, ids.shape[1])]
-        return hidden[:, rows], mask[:, rows]
+            if not prefix or ids.shape[1] <= start:
+                return self._hidden(ids, mask)[:, rows], mask[:, rows]
+            known = self._read_prefix()
+            # A prompt may merge with more of the instruction than its trailing space: such a row is computed whole.
+            usual = (ids[:, :start] == known.ids).all(1)
+            if bool(usual.all()):
+                return self._after(known, ids, mask), mask[:, rows]
+            features = self._hidden(ids, mask)[:, rows]
+            if bool(usual.any()):
+                features[usual] = self._after(known, ids[usual], mask[usual])
+            return features, mask[:, rows]
 
-    def _encode_cached(self, texts: list[str], prefix: str) -> Condition:
-        """As without cache, with each caption's rows from the cache or computed in chunks of constant shape."""
+    def _hidden(self, ids: Int[Tensor, "b n"], mask: Bool[Tensor, "b n"]) -> Float[Tensor, "b n c"]:
+        return self.model(input_ids=ids, attention_mask=mask.long(), use_cache=False).last_hidden_state
+
+    def _read_prefix(self) -> _Prefix:
+        if self._prefix is None:
+            ids = torch.tensor(self.tokenizer(self.instruction).input_ids[: self._start], device=self.model.device)
+            out = self.model(input_ids=ids[None], use_cache=True)
+            self._prefix = _Prefix(ids, out.past_key_values, out.last_hidden_state[:, :1])
+        return self._prefix
+
+    def _after(self, prefix: _Prefix, ids: Int[Tensor, "b n"], mask: Bool[Tensor, "b n"]) -> Float[Tensor, "b l c"]:
+        """Features of BOS and of the tokens after the prefix, whose keys and values are not computed again."""
+        b, cache = len(ids), copy.copy(prefix.cache)
+        # Shared by all rows and by all calls: an update makes new tensors and leaves these as they are.
+        cache.layers = [copy.copy(layer) for layer in cache.layers]
+        for layer in cache.layers:
+            layer.keys, layer.values = (x.expand(b, -1, -1, -1) for x in (layer.keys, layer.values))
+        rest = self.model(
+            input_ids=ids[:, len(prefix.ids) :], attention_mask=mask.long(), past_key_values=cache, use_cache=True
+        ).last_hidden_state
+        return torch.cat([prefix.first.expand(b, -1, -1), rest], dim=1)
+
+    def _cached_rows(self, texts: list[str], prefix: str) -> list[Float[Tensor, "k c"]]:
+        """Each caption's rows from the cache, or computed in chunks of constant shape."""
         missing = [text for text in dict.fromkeys(texts) if prefix + text not in self._cache]
         found: dict[str, Tensor] = {}
         for text in texts:
@@ -240,7 +332,4 @@ class GemmaEncoder(nn.Module):
                 found[text] = self._cache[prefix + text] = rows[:count].clone()
         while len(self._cache) > self._capacity:
             self._cache.popitem(last=False)
-        rows = [found[text] for text in texts]
-        lengths = torch.tensor([len(row) for row in rows])
-        mask = torch.arange(int(lengths.max())) < lengths[:, None]
-        return Condition(text=nn.utils.rnn.pad_sequence(rows, batch_first=True), mask=mask.to(self.model.device))
+        return [found[text] for text in texts]

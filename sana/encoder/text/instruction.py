@@ -23,38 +23,41 @@ def read_instruction(source: str | None) -> str | None:
     """The instruction named by `source`, ready to be put before a prompt.
 
     Args:
-        source: None for none; "diffusers" for the default of diffusers' SanaPipeline; else a file: YAML with a list
-            of lines (at the top, under `chi_prompt`, or under `text_encoder.chi_prompt` as in the published training
-            files), or plain text, taken verbatim but for one final newline.
+        source: None for none; "diffusers" for the default of diffusers' SanaPipeline; "published_yaml" for the form of
+            the published training files, which has other quotation marks; else a file: YAML with a list of lines (at
+            the top, under `chi_prompt`, or under `text_encoder.chi_prompt` as in the published training files), or
+            plain text, taken verbatim but for one final newline.
 
     Raises:
         ValueError: diffusers' text is not the published one, or the file is missing, empty or of another form.
-        ModuleNotFoundError: "diffusers" was asked for and is not installed.
+        ModuleNotFoundError: diffusers, which holds the text, is not installed.
     """
     if source is None:
         return None
-    if source == "diffusers":
-        text = _from_diffusers()
+    if source in SHA256:
+        text = _from_diffusers(source)
+        if source == "published_yaml":
+            text = text.replace("'", '"')
         digest = hashlib.sha256(text.encode()).hexdigest()
-        if digest != SHA256["diffusers"]:
+        if digest != SHA256[source]:
             raise ValueError(
-                f"instruction 'diffusers': the installed diffusers has another text (SHA-256 {digest[:12]}, expected "
-                f"{SHA256['diffusers'][:12]}); released weights need the published one, give it as a file"
+                f"instruction {source!r}: the installed diffusers has another text (SHA-256 {digest[:12]}, expected "
+                f"{SHA256[source][:12]}); released weights need the published one, give it as a file"
             )
         return text
     return _from_file(Path(source).expanduser())
 
 
-def _from_diffusers() -> str:
+def _from_diffusers(name: str) -> str:
     """Default of `complex_human_instruction`, read from the source so that no pipeline has to be imported."""
     spec = importlib.util.find_spec("diffusers")
     if spec is None or not spec.submodule_search_locations:
         raise ModuleNotFoundError(
-            "instruction 'diffusers' needs the package diffusers: pip install diffusers, or give a file with the text"
+            f"instruction {name!r} needs the package diffusers: pip install diffusers, or give a file with the text"
         )
     source = Path(spec.submodule_search_locations[0]) / "pipelines" / "sana" / "pipeline_sana.py"
     if not source.is_file():
-        raise ValueError("instruction 'diffusers': the installed diffusers has no SanaPipeline; 0.38 or later has it")
+        raise ValueError(f"instruction {name!r}: the installed diffusers has no SanaPipeline; 0.38 or later has it")
     for node in ast.walk(ast.parse(source.read_text())):
         if isinstance(node, ast.FunctionDef) and node.name == "__call__":
             names = [a.arg for a in node.args.args]
@@ -62,7 +65,7 @@ def _from_diffusers() -> str:
             for name, default in zip(names, defaults, strict=True):
                 if name == "complex_human_instruction" and default is not None:
                     return "\n".join(ast.literal_eval(default))
-    raise ValueError("instruction 'diffusers': SanaPipeline.__call__ has no default complex_human_instruction")
+    raise ValueError(f"instruction {name!r}: SanaPipeline.__call__ has no default complex_human_instruction")
 
 
 def _from_file(path: Path) -> str:
