@@ -20,7 +20,7 @@ class Painter:
     """Draws images with a network, an autoencoder and a text encoder.
 
     Args:
-        network: velocity field with `prepare` and forward(x (b, c, 1, h, w), t (b, 1), prepared).
+        network: velocity field with `prepare(condition, times)` and forward(x (b, c, 1, h, w), t (b, 1), prepared).
         autoencoder: decode(latents (b, c, h, w)) -> images (b, 3, H, W) in [-1, 1]; `ratio` and `channels`.
         text_encoder: encode(list of prompts) -> Condition.
         null_like: Condition of prompts -> Condition of nothing, for guidance.
@@ -88,10 +88,11 @@ class Painter:
         index = torch.tensor(seeds, dtype=torch.int64, device=device)
         noise = normal(NOISE_SEED, index, "sampling noise", (self.autoencoder.channels, 1, h, w))
         condition = self.text_encoder.encode(prompts)
-        conditional = self.network.prepare(condition)
+        times = sampler.grid(sampler.steps)[:-1]  # the network is not asked at the last one
+        conditional = self.network.prepare(condition, times)
         if sampler.guided:
             null = self._negative(condition, negative)
-            both = self.network.prepare(_join(condition, null))
+            both = self.network.prepare(_join(condition, null), times)
         else:
             both = None
 
