@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import time
@@ -19,7 +18,7 @@ import torch
 from sana.bench.roofline import DECODE_FLOPS, Rates, denoiser_bytes, measure_rates, wait
 from sana.bench.sides import SIZES, STAGES, Side, Work, make_both, make_one
 from sana.run.allocator import keep_pages
-from sana.run.environment import describe_git, peak_rss_gib
+from sana.run.environment import cpu_name, describe_git, peak_rss_gib
 from sana.types import Grid
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -118,7 +117,7 @@ def report(results: dict[str, Any]) -> str:
         f"{settings['size']} at {settings['px']} px, {settings['steps']} steps, batch {settings['batch']}, "
         f"{settings['dtype']}, {results['environment']['machine']}, {results['environment']['threads']} threads",
         f"text encoder: random Gemma-2, {settings['text_layers']} of 26 layers, byte tokenizer, no instruction",
-        f"rates: {rates['flops_per_s'] / 1e9:.0f} GFLOP/s (matrix product), {rates['bytes_per_s'] / 1e9:.1f} GB/s (copy)",
+        f"rates: product {rates['flops_per_s'] / 1e9:.0f} GFLOP/s, copy {rates['bytes_per_s'] / 1e9:.1f} GB/s",
         f"{'':22}{'ours s':>10}{'diffusers s':>13}{'ratio':>8}{'floor s':>9}",
     ]
     for tokens in settings["tokens"]:
@@ -215,7 +214,7 @@ def _settings(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _environment(device: torch.device) -> dict[str, Any]:
-    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
     return {
         "machine": machine,
         "cores": os.cpu_count(),

@@ -120,7 +120,10 @@ class Side:
 
         def decode(z: Tensor, *args: Any, **kwargs: Any) -> Any:
             result = function(z.to(self.work.dtype), *args, **kwargs)
-            self.seen = {"latent": z.float() * scale, "image": (result if torch.is_tensor(result) else result[0]).float()}
+            self.seen = {
+                "latent": z.float() * scale,
+                "image": (result if torch.is_tensor(result) else result[0]).float(),
+            }
             return result
 
         setattr(owner, name, decode)

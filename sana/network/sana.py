@@ -202,9 +202,7 @@ class Sana(nn.Module):
         time = self._embed_time(t, cond.guidance, dtype)
         return tokens, time, Context(grid, self.modulation(time), cond.mask, edits)
 
-    def _known_times(
-        self, t: Tensor, known: Times
-    ) -> tuple[Float[Tensor, "b f d"], Float[Tensor, "b f layers 6 d"]]:
+    def _known_times(self, t: Tensor, known: Times) -> tuple[Float[Tensor, "b f d"], Float[Tensor, "b f layers 6 d"]]:
         """Rows of what `prepare_times` made; found without waiting for the device."""
         hit = known.t.to(t.dtype) == t.unsqueeze(-1)
         torch._assert_async(hit.any(-1).all(), "Sana: a time is not among those that `prepare` was given")

@@ -78,4 +78,20 @@ def restore(composed: Composed) -> Restored:
         raise ConfigError(f"device: {name} is not here; this machine has no CUDA device")
     precision = fast_precision() if config.precision == "auto" else config.precision
     module = build(training.model, "model")
-    return Restored(module, training, checkpoint, run, device, precision == "bf16-mixed")
+    bf16 = precision == "bf16-mixed"
+    _limit_memory(module.frozen.autoencoder, config, bf16)
+    return Restored(module, training, checkpoint, run, device, bf16)
+
+
+def _limit_memory(autoencoder: Any, config: DictConfig, bf16: bool) -> None:
+    """Set what `autoencoder` says of memory, and refuse what does not hold an image of the size asked for."""
+    given = config.autoencoder
+    try:
+        if given.max_memory_gib is not None or given.blending is not None:
+            autoencoder.limit_memory(given.max_memory_gib, None if given.blending is None else list(given.blending))
+        if getattr(autoencoder, "max_memory_gib", None) is not None:
+            side = int(config.size) // autoencoder.ratio
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                autoencoder.plan("decode", torch.empty(1, autoencoder.channels, side, side))
+    except ValueError as error:
+        raise ConfigError(str(error)) from None

@@ -82,6 +82,19 @@ class Timestep:
 
 
 @dataclass
+class Autoencoder:
+    """How the autoencoder keeps within the memory there is; null keeps what the run's recipe says.
+
+    Attributes:
+        max_memory_gib: what it may take, weights included; beyond it, exact tiles.
+        blending: [tile, stride] in pixels of diffusers' cross-faded tiles, for parity only.
+    """
+
+    max_memory_gib: float | None = None
+    blending: list[int] | None = None
+
+
+@dataclass
 class Sample:
     """Keys of conf/sample.yaml.
 
@@ -111,6 +124,7 @@ class Sample:
     precision: Literal["auto", "bf16-mixed", "32-true"]
     weights: Literal["ema", "live"]
     timestep: Timestep
+    autoencoder: Autoencoder
     sampler: Node
     quant: Node | None = None
 
@@ -146,6 +160,7 @@ class Eval:
     precision: Literal["auto", "bf16-mixed", "32-true"]
     weights: Literal["ema", "live"]
     timestep: Timestep
+    autoencoder: Autoencoder
     sampler: Node
     metric: Nodes
     quant: Node | None = None

@@ -42,7 +42,9 @@ KINDS: dict[str, dict] = {
 def small(kind: str, seed: int, **settings) -> DCAE:
     torch.manual_seed(seed)
     widths = (8, 16, 32, 32)
-    model = DCAE(channels=4, scale=0.7, encoder_widths=widths, decoder_widths=widths, head_dim=8, **KINDS[kind], **settings)
+    model = DCAE(
+        channels=4, scale=0.7, encoder_widths=widths, decoder_widths=widths, head_dim=8, **KINDS[kind], **settings
+    )
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))

@@ -82,7 +82,9 @@ def test_prepared_times_give_the_same_velocity(seed, dtype, guided):
     for rows in ([[0, 0], [0, 0]], [[1, 3], [2, 0]]):  # one time for all, and one per sample and frame
         t = times[torch.tensor(rows)].to(dtype)
         want = network(x, t, cond)
-        torch.testing.assert_close(network(x, t, prepared), want, rtol=1e-5, atol=1e-6 if dtype.itemsize == 4 else 1e-12)
+        torch.testing.assert_close(
+            network(x, t, prepared), want, rtol=1e-5, atol=1e-6 if dtype.itemsize == 4 else 1e-12
+        )
     with pytest.raises(RuntimeError, match="not among those"):
         network(x, t + 0.01, prepared)
 

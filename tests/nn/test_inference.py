@@ -38,7 +38,9 @@ def test_parameters_and_names_stay():
     class Adapted(nn.Linear):
         pass
 
-    network = nn.ModuleDict({"a": nn.Linear(3, 4), "b": nn.Sequential(nn.Linear(4, 2), Adapted(2, 2)), "c": nn.Conv1d(2, 2, 1)})
+    network = nn.ModuleDict(
+        {"a": nn.Linear(3, 4), "b": nn.Sequential(nn.Linear(4, 2), Adapted(2, 2)), "c": nn.Conv1d(2, 2, 1)}
+    )
     before = dict(network.named_parameters())
     network.eval()
     assert for_inference(network) is network
@@ -56,7 +58,9 @@ def test_gradients_and_forward_derivatives_are_those_of_linear():
     plain = nn.Sequential(nn.Linear(6, 4))
     fast = for_inference(copy.deepcopy(plain))
     x = torch.randn(3, 6, requires_grad=True)
-    for a, b in zip(*(torch.autograd.grad(n(x).square().sum(), [x, *n.parameters()]) for n in (plain, fast)), strict=True):
+    for a, b in zip(
+        *(torch.autograd.grad(n(x).square().sum(), [x, *n.parameters()]) for n in (plain, fast)), strict=True
+    ):
         assert torch.equal(a, b)
     dx = torch.randn(3, 6)
     with torch.no_grad():
