@@ -236,7 +236,9 @@ class DCAE(nn.Module):
                                encoder_shuffle, latent_shortcut)  # fmt: skip
         self.decoder = Decoder(channels, decoder_widths, decoder_depths, decoder_attention, head_dim, kernels,
                                decoder_shuffle, latent_shortcut, silu_output)  # fmt: skip
-        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        for parameter in self.parameters():  # as `.to(memory_format=...)`, which fake tensors refuse
+            if parameter.ndim == 4:
+                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
         if weights is not None and not next(self.parameters()).is_meta:
             config, state = _read(weights)
             differing = sorted(key for key in self.config if self.config[key] != config.get(key))

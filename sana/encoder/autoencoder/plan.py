@@ -123,13 +123,14 @@ class _Ledger:
 
     def _choices(self, segment: Segment, tile: int | None) -> Iterator[Segment]:
         """The segment whole and in tiles, or in the tiles asked for."""
-        if tile is None:
-            yield segment
         height, width = segment.sizes[-1]
         pitch = max(self.input.shape[2], self.maps[-1].shape[2]) // height  # pixels per place
-        for side in TILES if tile is None else (tile,):
-            places = max(1, side // pitch)
-            yield replace(segment, tile=places if places < max(height, width) else None)
+        sides = [max(1, side // pitch) for side in (TILES if tile is None else (tile,))]
+        smaller = [side for side in sides if side < max(height, width)]
+        if tile is None or not smaller:
+            yield segment
+        for side in dict.fromkeys(smaller):
+            yield replace(segment, tile=side)
 
     def _tile_bytes(self, segment: Segment, source: _Map) -> int:
         """What the tile that reads most allocates, for the attention's sums or for the layers."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -49,7 +50,15 @@ def layer_of(module: Local) -> Layer:
 
 def convolution(run: Callable[[Tensor], Tensor], reach: int) -> Layer:
     """A function that reads `reach` places around each of its outputs as a link."""
-    return Layer(run, lambda first, end: (first - reach, end + reach), lambda n: n)
+    return Layer(run, partial(_beside, reach), _same)
+
+
+def _beside(reach: int, first: int, end: int) -> Interval:
+    return first - reach, end + reach
+
+
+def _same(n: int) -> int:
+    return n
 
 
 @dataclass(frozen=True)
