@@ -17,7 +17,7 @@ import torch
 
 from sana.bench.roofline import DECODE_FLOPS, Rates, denoiser_bytes, measure_rates, wait
 from sana.bench.sides import SIZES, STAGES, Side, Work, make_both, make_one
-from sana.run.allocator import keep_pages
+from sana.run.allocator import DRAWING, keep_pages
 from sana.run.environment import cpu_name, describe_git, peak_rss_gib
 from sana.types import Grid
 
@@ -67,7 +67,7 @@ def run(options: argparse.Namespace) -> int:
 
 def measure(work: Work, lengths: list[int], repeats: int) -> dict[str, Any]:
     """Both sides in turns, each pair in the other order than the last, after a warm-up of one step."""
-    keep_pages()  # as our entry points do; the peer, in the same process, has it too
+    keep_pages(DRAWING)  # as sample.py does; the peer, in the same process, has it too
     rates = measure_rates(work.device, work.dtype)
     ours, theirs = make_both(work)
     results: dict[str, Any] = {"raw": [], "max_rel_error": 0.0}
@@ -102,7 +102,7 @@ def measure(work: Work, lengths: list[int], repeats: int) -> dict[str, Any]:
 def weigh(name: str, work: Work, tokens: int) -> dict[str, float]:
     """Peak memory of one side alone in this process, weights and a drawing of one step, in GiB."""
     if name == "ours":
-        keep_pages()  # as our entry points do
+        keep_pages(DRAWING)  # as sample.py does
     before = peak_rss_gib()
     make_one(name, work).draw(work.prompts(tokens, 0), 0, steps=1)
     if work.device.type == "cuda":

@@ -69,13 +69,16 @@ MEASURE = """
 import json, sys
 import torch
 from sana.encoder.autoencoder.dc_ae import DCAE
-from sana.run.allocator import keep_pages
+from sana.run.allocator import DRAWING, keep_pages
 from sana.run.environment import peak_rss_gib
 
+SMALL = {"channels": 4, "encoder_widths": (8, 8), "encoder_depths": (1, 1), "encoder_attention": (False, False)}
+SMALL |= {"decoder_widths": (8, 8), "decoder_depths": (1, 1), "decoder_attention": (False, False)}
 px, budget, path = int(sys.argv[1]), float(sys.argv[2]), sys.argv[3]
-keep_pages()  # as sample.py does
+keep_pages(DRAWING)  # as sample.py does
 with torch.no_grad():
     torch.nn.Conv2d(8, 8, 3)(torch.zeros(1, 8, 64, 64))  # what the library sets up once
+    DCAE(**SMALL, max_memory_gib=1.0).requires_grad_(False).plan("decode", torch.zeros(1, 4, 2, 2))
     before = peak_rss_gib()
     torch.manual_seed(0)
     model = DCAE(max_memory_gib=budget or None).requires_grad_(False)

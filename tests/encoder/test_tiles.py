@@ -105,8 +105,6 @@ def test_low_precision_maps_and_autocast() -> None:
         assert any(segment.tile is not None for segment in model.plan("decode", z).segments)
         assert got.dtype == want.dtype
     assert relative(got.float(), want.float()) < 5e-2
-    model.limit_memory(None)
-    assert full < 0.8 * model.plan("decode", z).bytes  # in fp32
 
 
 def test_gradients_ignore_the_budget() -> None:
