@@ -7,8 +7,8 @@ import sys
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 TRAINING, DRAWING = 1 << 30, 1 << 25
-"""Largest blocks kept. Drawing keeps those of the denoiser; the maps of an autoencoder at full resolution are few, large
-and of many sizes: kept, they would leave gaps and take almost twice the memory that is in use."""
+"""Largest blocks kept, in bytes. Drawing keeps those of the denoiser; the maps of an autoencoder at full resolution are
+few, large and of many sizes: kept, they would leave gaps and take almost twice the memory that is in use."""
 
 
 def keep_pages(limit: int = TRAINING) -> bool:
