@@ -55,6 +55,21 @@ class Condition:
 
 
 @dataclass(frozen=True)
+class Times:
+    """What a network derives from the times of a sampling grid, once before the first step.
+
+    Attributes:
+        t: (s,) the times, in at least fp32.
+        embedding: (g, s, d), g = 1, or b where the network embeds each sample's guidance too.
+        vectors: (g, s, layers, 6, d): every block's adaLN vectors, its own table added.
+    """
+
+    t: Tensor
+    embedding: Tensor
+    vectors: Tensor
+
+
+@dataclass(frozen=True)
 class Prepared:
     """What a network derives from a `Condition` once per prompt and reuses over all steps.
 
@@ -62,11 +77,13 @@ class Prepared:
         text_kv: per layer, the fused keys and values of the caption, (b, l, 2 d).
         mask: (b, l) bool or None, as in `Condition`.
         guidance: (b,) or None, as in `Condition`.
+        times: for forwards at the times it was made for and at no others; None: any time.
     """
 
     text_kv: tuple[Tensor, ...]
     mask: Tensor | None = None
     guidance: Tensor | None = None
+    times: Times | None = None
 
 
 @dataclass(frozen=True)
@@ -89,15 +106,17 @@ class Context:
     Attributes:
         grid: size of the latent in tokens.
         modulation: (b, f, 6, d): shift, scale, gate of the mixer, then of the FFN, from the timestep, before the
-            block's own table is added.
+            block's own table is added; None where `vectors` are given.
         mask: (b, l) bool or None: which caption tokens may be attended to.
         edits: interventions by layer.
+        vectors: (b, f, layers, 6, d): the same with every block's table added, where that was done before.
     """
 
     grid: Grid
-    modulation: Tensor
+    modulation: Tensor | None
     mask: Tensor | None = None
     edits: Edits = field(default_factory=Edits)
+    vectors: Tensor | None = None
 
 
 @dataclass

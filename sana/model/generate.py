@@ -226,8 +226,9 @@ class Painter:
         kv = _select(kv, rows)
         mask = [None if m is None else _pad(m, length)[which] for m in masks]
         joint = None if any(m is None for m in mask) else torch.cat(mask)  # type: ignore[arg-type]
-        both = Prepared(kv, joint)
-        alone = Prepared(tuple(layer[: len(which)] for layer in kv), mask[0], guidance)
+        times = self.network.prepare_times(sampler.grid(sampler.steps)[:-1], guidance)  # all that it is asked at
+        both = Prepared(kv, joint, times=times)
+        alone = Prepared(tuple(layer[: len(which)] for layer in kv), mask[0], guidance, times)
         edits = Edits(identity_attention=frozenset(self.perturbed_layers(sampler)))
 
         def conditional(x: Tensor, t: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from sana.checkpoint.source import open_source
 from sana.checkpoint.tensors import Tensors, check_finite, read_safetensors
 from sana.model.generate import Painter
 from sana.model.image import ImageModule
+from sana.nn.inference import for_inference
 
 
 def load_weights(
@@ -68,7 +69,7 @@ def load_weights(
 def make_painter(module: ImageModule, device: str | torch.device) -> Painter:
     """A painter with the recipe's parts in eval mode on a device."""
     module.frozen.to(device)
-    network = module.network.to(device).eval().requires_grad_(False)
+    network = for_inference(module.network.to(device).eval().requires_grad_(False))
     return Painter(network, module.frozen.autoencoder, module.frozen.text_encoder, module.null_like)
 
 

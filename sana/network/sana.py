@@ -13,7 +13,7 @@ from sana.nn.block import Block
 from sana.nn.embed import FinalLayer, GuidanceEmbedding, Modulation, PatchEmbed, TextEmbedding, TimeEmbedding
 from sana.nn.initialise import initialise
 from sana.nn.linear import Linear
-from sana.types import Condition, Context, Edits, Grid, Prepared, State
+from sana.types import Condition, Context, Edits, Grid, Prepared, State, Times
 
 NO_EDITS = Edits()
 
@@ -87,10 +87,25 @@ class Sana(nn.Module):
         self.final = FinalLayer(width, in_channels, patch, linear=own)
         initialise(self)
 
-    def prepare(self, cond: Condition) -> Prepared:
-        """What the blocks need of the caption, computed once per prompt and reused over all steps."""
+    def prepare(self, cond: Condition, times: Float[Tensor, " s"] | None = None) -> Prepared:
+        """What the blocks need of the caption, computed once per prompt and reused over all steps.
+
+        Args:
+            cond: the caption.
+            times: those of all steps, where they are known: then what the blocks need of them is computed here too,
+                and `forward` takes the result at these times only.
+        """
         text = self._embed_text(cond)
-        return Prepared(tuple(block.prepare(text) for block in self.blocks), cond.mask, cond.guidance)
+        known = None if times is None else self.prepare_times(times, cond.guidance)
+        return Prepared(tuple(block.prepare(text) for block in self.blocks), cond.mask, cond.guidance, known)
+
+    def prepare_times(self, times: Float[Tensor, " s"], guidance: Float[Tensor, " b"] | None = None) -> Times:
+        """What the blocks need of the times of all steps, as `Prepared.times`; guidance as in `Condition`."""
+        dtype, device = self.final.table.dtype, self.final.table.device
+        t = times.to(device, torch.promote_types(dtype, torch.float32))
+        embedding = self._embed_time(t.expand(1 if guidance is None else guidance.shape[0], -1), guidance, dtype)
+        modulation = self.modulation(embedding)
+        return Times(t, embedding, torch.stack([block.modulate(modulation) for block in self.blocks], dim=2))
 
     def forward(
         self,
@@ -181,8 +196,19 @@ class Sana(nn.Module):
         if self.position is not None:
             place = self.position(grid, x.device, tokens.dtype)
             tokens = (tokens.unflatten(1, (f, -1)) + place).flatten(1, 2)
+        if isinstance(cond, Prepared) and cond.times is not None:
+            time, vectors = self._known_times(t, cond.times)
+            return tokens, time, Context(grid, None, cond.mask, edits, vectors)
         time = self._embed_time(t, cond.guidance, dtype)
         return tokens, time, Context(grid, self.modulation(time), cond.mask, edits)
+
+    def _known_times(self, t: Tensor, known: Times) -> tuple[Float[Tensor, "b f d"], Float[Tensor, "b f layers 6 d"]]:
+        """Rows of what `prepare_times` made; found without waiting for the device."""
+        hit = known.t.to(t.dtype) == t.unsqueeze(-1)
+        torch._assert_async(hit.any(-1).all(), "Sana: a time is not among those that `prepare` was given")
+        step = hit.to(torch.uint8).argmax(-1)
+        sample = torch.arange(t.shape[0], device=t.device).unsqueeze(1) if known.embedding.shape[0] > 1 else 0
+        return known.embedding[sample, step], known.vectors[sample, step]
 
     def _embed_time(self, t: Tensor, guidance: Tensor | None, dtype: torch.dtype) -> Float[Tensor, "b f d"]:
         time = t.to(torch.promote_types(t.dtype, torch.float32)) * self.time_scale

@@ -96,6 +96,10 @@ class Block(nn.Module):
         """The caption's fused keys and values in this layer, for `forward`'s text_kv."""
         return torch.cat(self.cross.keys_values(text), dim=-1)
 
+    def modulate(self, modulation: Float[Tensor, "*b 6 d"]) -> Float[Tensor, "*b 6 d"]:
+        """This block's adaLN vectors: shift, scale, gate of the mixer, then of the FFN."""
+        return self.table + modulation
+
     def forward(
         self,
         x: Float[Tensor, "b n d"],
@@ -119,7 +123,13 @@ class Block(nn.Module):
             Tokens, and (state of the mixer, state of the FFN).
         """
         mixer_state, ffn_state = (None, None) if state is None else state
-        shift1, scale1, gate1, shift2, scale2, gate2 = (self.table + ctx.modulation).unbind(2)
+        if ctx.vectors is not None:
+            vectors = ctx.vectors[:, :, layer]
+        elif ctx.modulation is not None:
+            vectors = self.modulate(ctx.modulation)
+        else:
+            raise ValueError("Block: the context has neither modulation nor vectors")
+        shift1, scale1, gate1, shift2, scale2, gate2 = vectors.unbind(2)
 
         y = modulated_layer_norm(x, shift1, scale1)
         if layer in ctx.edits.identity_attention:

@@ -6,11 +6,13 @@ import ctypes
 import sys
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
-LIMIT = 1 << 30
+TRAINING, DRAWING = 1 << 30, 1 << 25
+"""Largest blocks kept, in bytes. Drawing keeps those of the denoiser; the maps of an autoencoder at full resolution are
+few, large and of many sizes: kept, they would leave gaps and take almost twice the memory that is in use."""
 
 
-def keep_pages() -> bool:
-    """Let glibc keep freed memory instead of giving it back to the kernel.
+def keep_pages(limit: int = TRAINING) -> bool:
+    """Let glibc keep freed blocks of up to `limit` bytes instead of giving them back to the kernel.
 
     By default a block of more than some megabytes is mapped when allocated and unmapped when freed, so each step of
     training on a CPU pays for zeroing the pages of its activations again: up to a tenth of a small network's step.
@@ -24,4 +26,4 @@ def keep_pages() -> bool:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):
         return False
-    return bool(mallopt(M_MMAP_THRESHOLD, LIMIT)) and bool(mallopt(M_TRIM_THRESHOLD, LIMIT))
+    return bool(mallopt(M_MMAP_THRESHOLD, limit)) and bool(mallopt(M_TRIM_THRESHOLD, limit))

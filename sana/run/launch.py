@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sana.run.allocator import keep_pages
+from sana.run.allocator import DRAWING, TRAINING, keep_pages
 from sana.run.error import ConfigError
 from sana.run.groups import groups_of, list_options
 
@@ -137,7 +137,7 @@ def _run(entry: str, task: Task, given: Arguments) -> int:
 
         print_plan(composed)
         return 0
-    keep_pages()
+    keep_pages(TRAINING if entry == "train" else DRAWING)
     return task(composed) or 0
 
 

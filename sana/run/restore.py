@@ -80,7 +80,9 @@ def restore(composed: Composed) -> Restored:
     precision = fast_precision() if config.precision == "auto" else config.precision
     parts = {} if config.get("allow_missing") else {"network": _empty(recipe.model)}
     module = build(recipe.model, "model", **{name: part for name, part in parts.items() if part is not None})
-    return Restored(module, recipe, found.path, found.home, device, precision == "bf16-mixed")
+    bf16 = precision == "bf16-mixed"
+    _limit_memory(module.frozen.autoencoder, config, bf16)
+    return Restored(module, recipe, found.path, found.home, device, bf16)
 
 
 def _empty(model: DictConfig) -> Any:
@@ -91,3 +93,17 @@ def _empty(model: DictConfig) -> Any:
         network = build(model.network, "model.network")
     stored = network.state_dict().keys()
     return network if all(name in stored for name, _ in network.named_buffers()) else None
+
+
+def _limit_memory(autoencoder: Any, config: DictConfig, bf16: bool) -> None:
+    """Set what `autoencoder` says of memory, and refuse what does not hold an image of the size asked for."""
+    given = config.autoencoder
+    try:
+        if given.max_memory_gib is not None or given.blending is not None:
+            autoencoder.limit_memory(given.max_memory_gib, None if given.blending is None else list(given.blending))
+        if getattr(autoencoder, "max_memory_gib", None) is not None:
+            side = int(config.size) // autoencoder.ratio
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                autoencoder.plan("decode", torch.empty(1, autoencoder.channels, side, side))
+    except ValueError as error:
+        raise ConfigError(str(error)) from None

@@ -23,7 +23,7 @@ SETTINGS = "sana.run.settings"
 SECTIONS = {"train": "Train", "sample": "Sample", "eval": "Eval"}
 OF_HYDRA = {"_target_", "_partial_", "_convert_", "_recursive_"}
 Problem = tuple[Key, str]  # where, and the line
-CLASSES = {"Run", "Encoder", "Timestep", "Dtype"}  # of sana.run.settings
+CLASSES = {"Run", "Encoder", "Timestep", "Dtype", "Autoencoder"}  # of sana.run.settings
 SECTION_TYPES = CLASSES | {"Node", "Nodes"}
 
 

@@ -96,6 +96,19 @@ class Dtype:
 
 
 @dataclass
+class Autoencoder:
+    """How the autoencoder keeps within the memory there is; null keeps what the run's recipe says.
+
+    Attributes:
+        max_memory_gib: what it may take, weights included; beyond it, exact tiles.
+        blending: [tile, stride] in pixels of diffusers' cross-faded tiles, for parity only.
+    """
+
+    max_memory_gib: float | None = None
+    blending: list[int] | None = None
+
+
+@dataclass
 class Sample:
     """Keys of conf/sample.yaml.
 
@@ -149,6 +162,7 @@ class Sample:
     allow_missing: list[str]
     allow_extra: list[str]
     timestep: Timestep
+    autoencoder: Autoencoder
     sampler: Node
     quant: Node | None = None
 
@@ -190,6 +204,7 @@ class Eval:
     allow_missing: list[str]
     allow_extra: list[str]
     timestep: Timestep
+    autoencoder: Autoencoder
     sampler: Node
     metric: Nodes
     quant: Node | None = None

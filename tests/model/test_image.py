@@ -164,7 +164,7 @@ def test_guidance_is_the_formula() -> None:
     def once(velocity, x, grid):  # type: ignore[no-untyped-def]
         return velocity(x, x.new_full((len(x),), 0.7))
 
-    sampler = Sampler(once, lambda n: torch.ones(2), 1, 3.0)
+    sampler = Sampler(once, lambda n: torch.tensor([0.7, 0.0]), 1, 3.0)
     captured = {}
 
     def decode(latent: torch.Tensor) -> torch.Tensor:

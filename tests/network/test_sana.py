@@ -69,6 +69,26 @@ def test_prepared_condition_gives_the_same_velocity():
     torch.testing.assert_close(network(x, t, prepared), network(x, t, cond), rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.parametrize("guided", [False, True])
+@pytest.mark.parametrize(("seed", "dtype"), [(0, torch.float64), (1, torch.float32)])
+def test_prepared_times_give_the_same_velocity(seed, dtype, guided):
+    network, (_, _, cond) = tiny(seed, dtype=dtype, guidance_embed=guided), inputs(dtype=dtype, seed=seed)
+    x = torch.randn(2, CHANNELS, 2, 3, 5, dtype=dtype)
+    if guided:
+        nn.init.normal_(network.guidance_embed.fc2.weight)
+        cond = dataclasses.replace(cond, guidance=torch.tensor([4.0, 5.0], dtype=dtype))
+    times = torch.tensor([0.9, 0.7, 0.35, 0.1], dtype=torch.float64)
+    prepared = network.prepare(cond, times)
+    for rows in ([[0, 0], [0, 0]], [[1, 3], [2, 0]]):  # one time for all, and one per sample and frame
+        t = times[torch.tensor(rows)].to(dtype)
+        want = network(x, t, cond)
+        torch.testing.assert_close(
+            network(x, t, prepared), want, rtol=1e-5, atol=1e-6 if dtype.itemsize == 4 else 1e-12
+        )
+    with pytest.raises(RuntimeError, match="not among those"):
+        network(x, t + 0.01, prepared)
+
+
 @pytest.mark.parametrize("seed", [0, 1])
 def test_two_chunks_equal_one_pass_with_time_per_frame(seed):
     network = tiny(seed, CausalLinearAttention)
@@ -232,7 +252,7 @@ def test_edits():
         handle = network.blocks[2].register_forward_pre_hook(lambda m, a: captured.update(x=a[0]))
         network(x, t, cond, residual)
         handle.remove()
-    torch.testing.assert_close(captured["x"], plain[1] + added, rtol=0, atol=0)
+    torch.testing.assert_close(captured["x"], plain[1] + added, rtol=1e-12, atol=1e-14)
 
     perturbed = network(x, t, cond, Edits(identity_attention=frozenset({0})))
     copy = tiny()

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from sana.ops.linear_attention.naive import relu_linear_attention
+from sana.ops.linear_attention.naive import relu_attention_answer, relu_attention_sums, relu_linear_attention
 
 
 def average_channels(x: Float[Tensor, "b c h w"], channels: int) -> Float[Tensor, "b d h w"]:
@@ -22,7 +22,25 @@ def repeat_channels(x: Float[Tensor, "b c h w"], channels: int) -> Float[Tensor,
     return x.repeat_interleave(channels // x.shape[1], dim=1)
 
 
-class RMSNorm2d(nn.Module):
+class Local(nn.Module):
+    """A layer whose outputs read a bounded neighbourhood of its inputs; beyond the border of the map are zeros.
+
+    Attributes:
+        reach: inputs that an output reads on either side of its own place.
+    """
+
+    reach: int = 0
+
+    def field(self, first: int, end: int) -> tuple[int, int]:
+        """Inputs [p, q) along one axis that the outputs [first, end) read; it may stick out of the map."""
+        return first - self.reach, end + self.reach
+
+    def size(self, n: int) -> int:
+        """Outputs along one axis for n inputs."""
+        return n
+
+
+class RMSNorm2d(Local):
     """Divides each pixel by the root mean square of its channels; gain and bias per channel, statistics in fp32."""
 
     def __init__(self, width: int, eps: float = 1e-5) -> None:
@@ -39,8 +57,10 @@ class RMSNorm2d(nn.Module):
         return y.to(x.dtype).movedim(-1, 1)
 
 
-class ResBlock(nn.Module):
+class ResBlock(Local):
     """x + norm(conv(silu(conv(x)))): the norm stands last, so the residual branch starts at a known scale."""
+
+    reach = 2
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -77,21 +97,42 @@ class MultiScaleLinearAttention(nn.Module):
         super().__init__()
         if width % head_dim:
             raise ValueError(f"attention: width {width} is no multiple of head_dim {head_dim}")
-        self.head_dim = head_dim
+        self.head_dim, self.heads = head_dim, width // head_dim * (1 + len(kernels))
+        self.reach = max((kernel // 2 for kernel in kernels), default=0)
         self.qkv = nn.Conv2d(width, 3 * width, 1, bias=False)
         groups = 3 * width // head_dim
         self.scales = nn.ModuleList(Aggregation(3 * width, groups, kernel) for kernel in kernels)
         self.proj = nn.Conv2d(width * (1 + len(kernels)), width, 1, bias=False)
         self.norm = RMSNorm2d(width)
 
-    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+    def forward(
+        self, x: Float[Tensor, "b c h w"], sums: Float[Tensor, "b heads dh dh_1"] | None = None
+    ) -> Float[Tensor, "b c h w"]:
+        """Attention to the places of x, or to those that were summed by `sums`, of which x is a part."""
         h, w = x.shape[2:]
-        qkv = self.qkv(x)
-        qkv = torch.cat([qkv, *(scale(qkv) for scale in self.scales)], dim=1)
-        tokens = qkv.flatten(2).mT  # (b, n, 3 c (1 + scales))
-        q, k, v = tokens.unflatten(2, (-1, 3, self.head_dim)).unbind(3)
-        y = relu_linear_attention(q, k, v).to(x.dtype)
+        q, k, v = self._heads(self._projections(x))
+        y = relu_linear_attention(q, k, v) if sums is None else relu_attention_answer(q, sums)
+        y = y.to(x.dtype)
         return x + self.norm(self.proj(y.flatten(2).mT.unflatten(2, (h, w))))
+
+    def sums(self, x: Float[Tensor, "b c h w"], rows: slice, columns: slice) -> Float[Tensor, "b heads dh dh_1"]:
+        """What queries need to know of the places (rows, columns) of x; those of all parts of a map add up.
+
+        Around them x should have `reach` more rows and columns of the map, where the map has them.
+        """
+        _, k, v = self._heads(self._projections(x)[:, :, rows, columns])
+        return relu_attention_sums(k, v)
+
+    def _projections(self, x: Tensor) -> Tensor:
+        """(b, 3 c (1 + scales), h, w): queries, keys and values of all heads."""
+        qkv = self.qkv(x)
+        return torch.cat([qkv, *(scale(qkv) for scale in self.scales)], dim=1)
+
+    def _heads(self, projections: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v, (b, n, heads, head_dim) each."""
+        tokens = projections.flatten(2).mT
+        q, k, v = tokens.unflatten(2, (-1, 3, self.head_dim)).unbind(3)
+        return q, k, v
 
 
 class GatedConv(nn.Module):
@@ -110,19 +151,25 @@ class GatedConv(nn.Module):
         return x + self.norm(self.project(value * F.silu(gate)))
 
 
-class EViTBlock(nn.Module):
-    """Multi-scale linear attention, then a gated convolution; each with its own residual."""
+class EViTBlock(Local):
+    """Multi-scale linear attention, then a gated convolution; each with its own residual.
+
+    With the attention's sums given, it reads a bounded neighbourhood.
+    """
 
     def __init__(self, width: int, head_dim: int, kernels: Sequence[int]) -> None:
         super().__init__()
         self.attention = MultiScaleLinearAttention(width, head_dim, kernels)
         self.ffn = GatedConv(width)
+        self.reach = self.attention.reach + 1
 
-    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-        return self.ffn(self.attention(x))
+    def forward(
+        self, x: Float[Tensor, "b c h w"], sums: Float[Tensor, "b heads dh dh_1"] | None = None
+    ) -> Float[Tensor, "b c h w"]:
+        return self.ffn(self.attention(x, sums))
 
 
-class Downsample(nn.Module):
+class Downsample(Local):
     """Halves height and width: a convolution plus, where asked, pixel-unshuffle and channel means as its shortcut.
 
     Args:
@@ -137,6 +184,13 @@ class Downsample(nn.Module):
         self.outputs, self.shuffle, self.shortcut = outputs, shuffle, shortcut
         self.conv = nn.Conv2d(inputs, outputs // 4 if shuffle else outputs, 3, 1 if shuffle else 2, padding=1)
 
+    def field(self, first: int, end: int) -> tuple[int, int]:
+        """Even on both sides, so that the part is halved as the whole is."""
+        return 2 * first - 2, 2 * end + (2 if self.shuffle else 0)
+
+    def size(self, n: int) -> int:
+        return n // 2
+
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d h/2 w/2"]:
         y = self.conv(x)
         if self.shuffle:
@@ -144,7 +198,7 @@ class Downsample(nn.Module):
         return y + average_channels(F.pixel_unshuffle(x, 2), self.outputs) if self.shortcut else y
 
 
-class Upsample(nn.Module):
+class Upsample(Local):
     """Doubles height and width: a convolution plus, where asked, repeated channels and pixel-shuffle as its shortcut.
 
     Args:
@@ -158,6 +212,14 @@ class Upsample(nn.Module):
                              "4 x outputs")  # fmt: skip
         self.outputs, self.shuffle, self.shortcut = outputs, shuffle, shortcut
         self.conv = nn.Conv2d(inputs, 4 * outputs if shuffle else outputs, 3, padding=1)
+
+    def field(self, first: int, end: int) -> tuple[int, int]:
+        if self.shuffle:  # one place around those that the outputs lie in
+            return first // 2 - 1, (end + 1) // 2 + 1
+        return (first - 1) // 2, (end + 2) // 2  # one place around the outputs themselves
+
+    def size(self, n: int) -> int:
+        return 2 * n
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d 2*h 2*w"]:
         if self.shuffle:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from sana.encoder.autoencoder.blending import blend_tiles, check_blending
 from sana.encoder.autoencoder.blocks import (
     Downsample,
     EViTBlock,
@@ -27,6 +28,8 @@ from sana.encoder.autoencoder.blocks import (
     average_channels,
     repeat_channels,
 )
+from sana.encoder.autoencoder.plan import Plan, make_plan
+from sana.encoder.autoencoder.tiles import Layer, convolution, layer_of, modules, run
 
 CONFIG_KEY = "config"
 
@@ -77,6 +80,14 @@ class Encoder(nn.Module):
         x = self.input(x)
         for stage in self.stages:
             x = stage(x)
+        return self._leave(x)
+
+    def chain(self) -> list[Layer]:
+        """The layers that `forward` applies one after the other."""
+        first = layer_of(self.input) if isinstance(self.input, Downsample) else convolution(self.input, reach=1)
+        return [first, *modules(list(self.stages)), convolution(self._leave, reach=1)]
+
+    def _leave(self, x: Tensor) -> Tensor:
         y = self.output(x)
         return y if self.shortcut_channels is None else y + average_channels(x, self.shortcut_channels)
 
@@ -121,13 +132,24 @@ class Decoder(nn.Module):
         return self.output if isinstance(self.output, nn.Conv2d) else self.output.conv
 
     def forward(self, z: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 H W"]:
-        x = self.input(z)
-        if self.shortcut_channels is not None:
-            x = x + repeat_channels(z, self.shortcut_channels)
+        x = self._enter(z)
         for stage in reversed(self.stages):
             x = stage(x)
+        return self.output(self._activate(x))
+
+    def chain(self) -> list[Layer]:
+        """The layers that `forward` applies one after the other."""
+        last = layer_of(self.output) if isinstance(self.output, Upsample) else convolution(self.output, reach=1)
+        stages = modules(list(reversed(self.stages)))
+        return [convolution(self._enter, reach=1), *stages, convolution(self._activate, reach=0), last]
+
+    def _enter(self, z: Tensor) -> Tensor:
+        x = self.input(z)
+        return x if self.shortcut_channels is None else x + repeat_channels(z, self.shortcut_channels)
+
+    def _activate(self, x: Tensor) -> Tensor:
         x = self.norm(x)
-        return self.output(F.silu(x) if self.silu_output else F.relu(x))
+        return F.silu(x) if self.silu_output else F.relu(x)
 
 
 class DCAE(nn.Module):
@@ -148,10 +170,16 @@ class DCAE(nn.Module):
         latent_shortcut: channel means into, and repeated channels out of, the latent.
         silu_output: SiLU instead of ReLU before the last convolution.
         weights: file written by `save` to start from; None: random weights. Not read on the meta device.
+        max_memory_gib: what encoding or decoding may take, weights included; beyond it they work in tiles, with the
+            same result (`sana.encoder.autoencoder.tiles`). None: no limit. Where gradients are wanted it does not
+            hold, as everything is kept then.
+        blending: (tile, stride) in pixels: diffusers' way to save memory, for parity only. Larger images are worked on
+            in tiles that know nothing of each other and are cross-faded where they overlap; the result depends on the
+            tiles.
 
     Raises:
-        ValueError: stages that do not match each other, widths that no shortcut can join, or weights of another
-            architecture.
+        ValueError: stages that do not match each other, widths that no shortcut can join, weights of another
+            architecture, or both max_memory_gib and blending.
         FileNotFoundError: no such file of weights.
     """
 
@@ -172,6 +200,8 @@ class DCAE(nn.Module):
         latent_shortcut: bool = True,
         silu_output: bool = False,
         weights: str | Path | None = None,
+        max_memory_gib: float | None = None,
+        blending: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         if len(encoder_widths) != len(decoder_widths):
@@ -201,10 +231,14 @@ class DCAE(nn.Module):
         self.channels = channels
         self.ratio = 2 ** (len(encoder_widths) - 1)
         self.scale = scale
+        self.limit_memory(max_memory_gib, blending)
         self.encoder = Encoder(channels, encoder_widths, encoder_depths, encoder_attention, head_dim, kernels,
                                encoder_shuffle, latent_shortcut)  # fmt: skip
         self.decoder = Decoder(channels, decoder_widths, decoder_depths, decoder_attention, head_dim, kernels,
                                decoder_shuffle, latent_shortcut, silu_output)  # fmt: skip
+        for parameter in self.parameters():  # as `.to(memory_format=...)`, which fake tensors refuse
+            if parameter.ndim == 4:
+                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
         if weights is not None and not next(self.parameters()).is_meta:
             config, state = _read(weights)
             differing = sorted(key for key in self.config if self.config[key] != config.get(key))
@@ -216,26 +250,78 @@ class DCAE(nn.Module):
         """Pixels in [-1, 1] to latents of unit order (already multiplied by `scale`); h = H / r, w = W / r.
 
         Raises:
-            ValueError: not three channels, or a side that is no multiple of r.
+            ValueError: not three channels, a side that is no multiple of r, or more memory needed than max_memory_gib.
         """
         if image.ndim != 4 or image.shape[1] != 3 or image.shape[2] % self.ratio or image.shape[3] % self.ratio:
             raise ValueError(f"encode: image must be (b, 3, H, W) with H and W multiples of {self.ratio}, "
                              f"got {tuple(image.shape)}")  # fmt: skip
-        return self.encoder(image) * self.scale
+        return self._run("encode", image) * self.scale
 
     def decode(self, latent: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 H W"]:
         """Latents as `encode` gives them to pixels, nominally in [-1, 1] (not clipped).
 
         Raises:
-            ValueError: not (b, c, h, w).
+            ValueError: not (b, c, h, w), or more memory needed than max_memory_gib.
         """
         if latent.ndim != 4 or latent.shape[1] != self.channels:
             raise ValueError(f"decode: latent must be (b, {self.channels}, h, w), got {tuple(latent.shape)}")
-        return self.decoder(latent / self.scale)
+        return self._run("decode", latent / self.scale)
 
     def forward(self, image: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b 3 H W"]:
         """The reconstruction decode(encode(image))."""
         return self.decode(self.encode(image))
+
+    def limit_memory(self, max_memory_gib: float | None = None, blending: Sequence[int] | None = None) -> None:
+        """Set how images too large for the memory are worked on; the arguments are those of the constructor.
+
+        Raises:
+            ValueError: both are given, or one is out of range.
+        """
+        if max_memory_gib is not None and not max_memory_gib > 0:
+            raise ValueError(f"max_memory_gib must be positive, or null for no limit, got {max_memory_gib}")
+        if blending is not None:
+            if max_memory_gib is not None:
+                raise ValueError("max_memory_gib (exact tiles) and blending (diffusers' tiles) exclude each other")
+            check_blending(blending, self.ratio)
+        self.max_memory_gib, self.blending = max_memory_gib, blending
+        self._plans: dict[Any, Plan] = {}
+
+    def plan(self, part: Literal["encode", "decode"], like: Tensor, tile: int | None = None) -> Plan:
+        """The memory that encoding images, or decoding latents, takes, and the tiles that `max_memory_gib` leads to.
+
+        Args:
+            part: which.
+            like: what the input (b, c, h, w) is like: shape, dtype, device. Its numbers are not looked at.
+            tile: side in pixels of all tiles, whatever the budget; None: as large as the budget allows.
+
+        Raises:
+            ValueError: the budget does not hold even the smallest tiles.
+        """
+        half, device = self.encoder if part == "encode" else self.decoder, like.device.type
+        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        key = (part, tuple(like.shape), like.dtype, like.device, autocast, self.max_memory_gib, tile)
+        if key not in self._plans:
+            weights = sum(t.numel() * t.element_size() for t in self.state_dict().values())
+            budget = None if self.max_memory_gib is None else int(self.max_memory_gib * 2**30)
+            try:
+                self._plans[key] = make_plan(half.chain(), like, weights, budget, tile)
+            except ValueError as error:
+                raise ValueError(f"autoencoder.max_memory_gib: to {part} {tuple(like.shape)}, {error}") from None
+        return self._plans[key]
+
+    def _run(self, part: Literal["encode", "decode"], x: Tensor) -> Tensor:
+        """A half of the autoencoder within the memory it may take."""
+        half = self.encoder if part == "encode" else self.decoder
+        if self.blending is not None:
+            pixels = self.blending[0], self.blending[1]
+            places = pixels[0] // self.ratio, pixels[1] // self.ratio
+            return blend_tiles(half, x, *((pixels, places) if part == "encode" else (places, pixels)))
+        trained = torch.is_grad_enabled() and (x.requires_grad or next(half.parameters()).requires_grad)
+        if self.max_memory_gib is None or trained:
+            return half(x)
+        plan = self.plan(part, x)
+        with torch.no_grad():
+            return run(plan.segments, x, plan.batch)
 
 
 def save(model: DCAE, path: str | Path, dtype: torch.dtype | None = None) -> None:
@@ -244,16 +330,26 @@ def save(model: DCAE, path: str | Path, dtype: torch.dtype | None = None) -> Non
     save_file(state, path, metadata={CONFIG_KEY: json.dumps(model.config)})
 
 
-def load(path: str | Path, dtype: torch.dtype = torch.float32) -> DCAE:
+def load(
+    path: str | Path,
+    dtype: torch.dtype = torch.float32,
+    max_memory_gib: float | None = None,
+    blending: Sequence[int] | None = None,
+) -> DCAE:
     """Reads what `save` wrote: a DCAE in evaluation mode on the CPU, channels last, its weights cast to dtype.
+
+    Args:
+        path: the file.
+        dtype: of the weights.
+        max_memory_gib, blending: as in `DCAE`.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: the header holds no configuration.
+        ValueError: the header holds no configuration, or the limits of memory are out of range.
     """
     config, state = _read(path)
     with torch.device("meta"):
-        model = DCAE(**config)
+        model = DCAE(**config, max_memory_gib=max_memory_gib, blending=blending)
     model.load_state_dict({name: tensor.to(dtype) for name, tensor in state.items()}, assign=True)
     return model.eval().to(memory_format=torch.channels_last)
 

@@ -36,6 +36,27 @@ def relu_linear_attention(
         return _by_token(numerator * (denominator + eps).reciprocal(), v.dtype)
 
 
+def relu_attention_sums(
+    k: Float[Tensor, "*b n heads dh"], v: Float[Tensor, "*b n heads dh"]
+) -> Float[Tensor, "*b heads dh dh_1"]:
+    """sum_m phi(k_m) [v_m, 1] over the tokens, in fp32 (float64): all that queries need to know of them.
+
+    Sums of disjoint sets of tokens add up to those of their union, so they can be taken part by part.
+    """
+    with torch.autocast(k.device.type, enabled=False):
+        key, value = _by_head(k).relu_(), _by_head(v)
+        return torch.cat([key.mT @ value, key.sum(-2).unsqueeze(-1)], dim=-1)
+
+
+def relu_attention_answer(
+    q: Float[Tensor, "*b n heads dh"], sums: Float[Tensor, "*b heads dh dh_1"], eps: float = 1e-15
+) -> Float[Tensor, "*b n heads dh"]:
+    """What every query gets from the tokens summed in `sums`; of the type of q."""
+    with torch.autocast(q.device.type, enabled=False):
+        numerator, denominator = (_by_head(q).relu_() @ sums).split([q.shape[-1], 1], dim=-1)
+        return _by_token(numerator * (denominator + eps).reciprocal(), q.dtype)
+
+
 def causal_relu_linear_attention(
     q: Float[Tensor, "b f n heads dh"],
     k: Float[Tensor, "b f n heads dh"],

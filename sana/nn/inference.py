@@ -1,0 +1,46 @@
+"""The same network, faster where nothing is learnt: a function Module -> Module for sampling and evaluation."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+# torch multiplies fp32 matrices with MKL. oneDNN, which it uses for bf16 and for convolutions, is 5 to 20 % faster at
+# the shapes of SANA on AMD processors (experiments/bench_sample); this operator of torch's compiler reaches it.
+_ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
+
+
+class InferenceLinear(nn.Linear):
+    """`nn.Linear` whose fp32 product on CPUs is oneDNN's where no derivative is taken; else as it was."""
+
+    def forward(self, x: Float[Tensor, "*b i"]) -> Float[Tensor, "*b o"]:
+        if (
+            _ONEDNN is None
+            or not x.dtype == self.weight.dtype == torch.float32
+            or not x.device.type == self.weight.device.type == "cpu"
+            or torch.is_grad_enabled()
+            or forward_ad._current_level >= 0
+            or torch.is_autocast_enabled("cpu")
+            or torch.compiler.is_compiling()
+        ):
+            return F.linear(x, self.weight, self.bias)
+        return _ONEDNN(x, self.weight, self.bias, "none", [], "")
+
+
+def for_inference(network: nn.Module) -> nn.Module:
+    """Replaces the linear layers of a network, in place, by `InferenceLinear` with the same parameters.
+
+    The function stays the same up to rounding, as do the names in the state dict, training and every dtype and device.
+    Only modules that are exactly `nn.Linear` are replaced: adapters and quantised layers keep what they are.
+    """
+    for parent in list(network.modules()):
+        for name, child in parent.named_children():
+            if type(child) is nn.Linear:
+                layer = InferenceLinear(child.in_features, child.out_features, child.bias is not None, device="meta")
+                layer.weight, layer.bias = child.weight, child.bias
+                layer.train(child.training)
+                setattr(parent, name, layer)
+    return network
