@@ -41,7 +41,7 @@ class Clock:
         """Seconds per stage since the last reading."""
         wait(self.device)
         seconds = {
-            stage: sum(a.elapsed_time(b) / 1e3 if self.device.type == "cuda" else b - a for a, b in marks)
+            stage: float(sum(a.elapsed_time(b) / 1e3 if self.device.type == "cuda" else b - a for a, b in marks))
             for stage, marks in self._marks.items()
         }
         self._marks.clear()

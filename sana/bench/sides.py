@@ -189,10 +189,11 @@ def make_text(work: Work) -> tuple[Any, Any]:
 
     tokenizer, channels = byte_tokenizer(), SIZES[work.size].text_channels
     heads = max(1, channels // 288)  # 8 at the published width
+    eager: dict[str, Any] = {"attn_implementation": "eager"}  # not among the declared fields
     config = Gemma2Config(
         vocab_size=len(tokenizer), hidden_size=channels, intermediate_size=4 * channels,
         num_hidden_layers=work.text_layers, num_attention_heads=heads, num_key_value_heads=max(1, heads // 2),
-        head_dim=256, query_pre_attn_scalar=256, attn_implementation="eager",
+        head_dim=256, query_pre_attn_scalar=256, **eager,
         pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
     )  # fmt: skip
     with _made(work):
@@ -204,13 +205,13 @@ def make_theirs(work: Work) -> tuple[Any, Any]:
     from diffusers import AutoencoderDC, SanaTransformer2DModel
 
     size, side = SIZES[work.size], work.px // 32
-    kinds = tuple("EfficientViTBlock" if attention else "ResBlock" for attention in ATTENTION)
+    kinds: Any = tuple("EfficientViTBlock" if attention else "ResBlock" for attention in ATTENTION)
     with _made(work):
         network = SanaTransformer2DModel(
             num_attention_heads=size.width // 32, num_layers=size.depth, num_cross_attention_heads=size.heads,
             cross_attention_head_dim=size.width // size.heads, cross_attention_dim=size.width, sample_size=side,
             caption_channels=size.text_channels, qk_norm="rms_norm_across_heads" if size.qk_norm else None,
-            interpolation_scale={64: 1.0, 128: 2.0}.get(side),
+            interpolation_scale={64: 1, 128: 2}.get(side),
         )  # fmt: skip
         autoencoder = AutoencoderDC(
             encoder_block_types=kinds, decoder_block_types=kinds, encoder_block_out_channels=size.autoencoder_widths,
