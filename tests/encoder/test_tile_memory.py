@@ -109,8 +109,9 @@ def test_full_size_decoding_stays_within_the_plan(tmp_path: Path, px: int, budge
     assert tiled["tiled"]
     assert not whole["tiled"]
     assert tiled["plan"] <= budget < whole["plan"]
-    for measured in (whole, tiled):
-        # At 768 px in tiles the plan counts more than is met (0.84 of it).
-        assert 0.8 < measured["peak"] / measured["plan"] < 1.15, measured
+    assert abs(whole["peak"] / whole["plan"] - 1) < 0.15, whole
+    assert tiled["peak"] / tiled["plan"] - 1 < (0.15 if px == 1024 else 0.0), tiled
+    if px == 1024:  # smaller tiles of 768 px take less than planned (0.84 of it), never more
+        assert tiled["peak"] / tiled["plan"] - 1 > -0.15, tiled
     want, got = (torch.load(tmp_path / name, weights_only=True) for name in ("whole.pt", "tiled.pt"))
     assert ((got - want).abs().max() / want.abs().max()).item() < 1e-4
