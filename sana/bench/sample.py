@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
+from sana.allocator import DRAWING, keep_pages
 from sana.bench.roofline import DECODE_FLOPS, Rates, denoiser_bytes, measure_rates, wait
 from sana.bench.sides import SIZES, STAGES, Side, Work, make_both, make_one
-from sana.run.allocator import DRAWING, keep_pages
 from sana.run.environment import cpu_name, describe_git, peak_rss_gib
 from sana.types import Grid
 

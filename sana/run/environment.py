@@ -134,6 +134,10 @@ def memory_gib() -> float | None:
 
 def peak_rss_gib() -> float:
     """Peak resident memory of this process so far, in GiB."""
+    # On Linux a process inherits ru_maxrss from the one that started it (through exec), VmHWM it does not.
+    with suppress(OSError, StopIteration):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith("VmHWM:")).split()[1]) / 2**20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**30 if sys.platform == "darwin" else 2**20)
 

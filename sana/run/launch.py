@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sana.run.allocator import DRAWING, TRAINING, keep_pages
+from sana.allocator import DRAWING, TRAINING, keep_pages
 from sana.run.error import ConfigError
 from sana.run.groups import groups_of, list_options
 

@@ -10,7 +10,7 @@ import pytest
 PROGRAM = """
 import resource, sys
 import numpy as np
-from sana.run.allocator import keep_pages
+from sana.allocator import keep_pages
 kept = keep_pages() if sys.argv[1] == "keep" else False
 faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 np.ones(4_000_000)  # 32 MB
