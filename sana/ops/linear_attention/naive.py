@@ -70,11 +70,8 @@ def causal_relu_linear_attention(
     before the first frame. Returns the output, of the type of v, and the state after the last frame.
     """
     with torch.autocast(q.device.type, enabled=False):
-        query, key, value = _by_head(q).relu_(), _by_head(k).relu_(), _by_head(v)
-        own = torch.cat([key.mT @ value, key.sum(-2).unsqueeze(-1)], dim=-1)
-        seen = own.cumsum(1) + state.unsqueeze(1)  # out of place: autograd keeps every frame's state
-        numerator, denominator = (query @ seen).split([v.shape[-1], 1], dim=-1)
-        return _by_token(numerator * (denominator + eps).reciprocal(), v.dtype), seen[:, -1]
+        seen = relu_attention_sums(k, v).cumsum(1) + state.unsqueeze(1)  # out of place: autograd keeps every frame's
+    return relu_attention_answer(q, seen, eps).to(v.dtype), seen[:, -1]
 
 
 def _by_head(x: Tensor) -> Tensor:
