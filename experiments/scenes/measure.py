@@ -1,0 +1,124 @@
+"""Judges the runs of run.sh and writes results.json, curve.png, the weights and the pictures beside this file."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+RUNS = ROOT / "runs" / "scenes"
+PER_TASK, HELD_OUT, SEED, FRESH_SEED = 200, 200, 2000, 3000
+CURVE_PER_TASK = 50
+
+
+def call(*command: str) -> None:
+    subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
+
+
+def judge(checkpoint: str, out: Path, per_task: int, held_out: int, seed: int) -> dict[str, Any]:
+    """results.json of one evaluation; kept if it is there already."""
+    if not (out / "results.json").is_file():
+        sizes = (f"per_task={per_task}", f"held_out={held_out}", f"seed={seed}")
+        call("eval.py", f"ckpt={checkpoint}", "metric=[geneval_scenes,fid]", *sizes, f"out={out}")
+    return json.loads((out / "results.json").read_text())
+
+
+def checkpoints(home: Path) -> list[Path]:
+    """Those of all parts of a training, by update."""
+    return sorted(home.glob("part*/checkpoints/step_*.ckpt"), key=lambda path: path.name)
+
+
+def update_of(checkpoint: Path) -> int:
+    return int(checkpoint.stem.split("_")[1])
+
+
+def training(home: Path) -> dict[str, Any]:
+    """Updates, seconds and memory of a training in one or more parts."""
+    parts = [json.loads(path.read_text()) for path in sorted(home.glob("part*/status.json"))]
+    return {
+        "steps": update_of(checkpoints(home)[-1]),
+        "seconds": sum(part["seconds"] for part in parts),
+        "peak_rss_gib": max(part["peak_rss_gib"] for part in parts),
+        "parts": len(parts),
+    }
+
+
+def summary(results: dict[str, Any]) -> dict[str, Any]:
+    """Each figure with its interval."""
+    return {key: results["figures"][key] for key in ("overall", "tasks", "held_out", "fid_scenes")}
+
+
+def draw_curve(curves: dict[str, list[tuple[int, dict[str, Any]]]]) -> None:
+    """Score against update: every task of the first seed, overall of all."""
+    figure, axes = plt.subplots(figsize=(8, 4.5), dpi=120)
+    first = next(iter(curves.values()))
+    updates = [update for update, _ in first]
+    for task in first[0][1]["tasks"]:
+        axes.plot(updates, [found["tasks"][task] for _, found in first], linewidth=1, label=task)
+    for (seed, points), style in zip(curves.items(), ("k-o", "k--s"), strict=False):
+        overall = [found["overall"] for _, found in points]
+        axes.plot([update for update, _ in points], overall, style, markersize=4, label=f"overall, {seed}")
+    axes.set(xlabel="updates of 128 images", ylabel=f"share right ({CURVE_PER_TASK} prompts per task)", ylim=(0, 1))
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8, ncol=2)
+    figure.tight_layout()
+    figure.savefig(HERE / "curve.png")
+
+
+def main() -> None:
+    argparse.ArgumentParser(description=__doc__).parse_args()
+    homes = sorted(path for path in RUNS.glob("seed*") if checkpoints(path))
+    if not homes:
+        raise SystemExit(f"{RUNS}: no runs; experiments/scenes/run.sh makes them")
+    seeds: dict[str, dict[str, Any]] = {}
+    curves: dict[str, list[tuple[int, dict[str, Any]]]] = {}
+    for home in homes:
+        results = judge(str(checkpoints(home)[-1]), home / "eval", PER_TASK, HELD_OUT, SEED)
+        seeds[home.name] = summary(results) | training(home) | {"commit": results["commit"]}
+        curves[home.name] = [
+            (update_of(path), judge(str(path), home / "curve" / path.stem, CURVE_PER_TASK, 1, SEED))
+            for path in checkpoints(home)
+        ]
+    best = max(seeds, key=lambda name: seeds[name]["overall"]["mean"])
+    model = HERE / "model.safetensors"
+    model.unlink(missing_ok=True)
+    run = checkpoints(RUNS / best)[-1].parents[1]
+    call("scripts/convert_checkpoint.py", str(run), str(model), "--to", "sana", "--dtype", "bf16")
+    shutil.rmtree(RUNS / "shipped", ignore_errors=True)
+    again = judge("scenes", RUNS / "shipped", PER_TASK, HELD_OUT, FRESH_SEED)
+    draw_curve(curves)
+    chosen = seeds[best]
+    content = {
+        **{key: chosen[key] for key in ("overall", "tasks", "held_out", "steps", "seconds", "peak_rss_gib", "commit")},
+        "shipped": best,
+        "sha256": hashlib.sha256(model.read_bytes()).hexdigest(),
+        "bytes": model.stat().st_size,
+        "rescored": summary(again) | {"prompts_seed": FRESH_SEED},
+        "mean_of_seeds": {
+            "overall": sum(found["overall"]["mean"] for found in seeds.values()) / len(seeds),
+            "held_out": sum(found["held_out"]["overall"]["mean"] for found in seeds.values()) / len(seeds),
+        },
+        "seeds": seeds,
+        "curve": {
+            name: [[update, found["overall"], found["tasks"]] for update, found in points]
+            for name, points in curves.items()
+        },
+    }
+    (HERE / "results.json").write_text(json.dumps(content, indent=2) + "\n")
+    print(HERE / "results.json")
+
+
+if __name__ == "__main__":
+    main()
