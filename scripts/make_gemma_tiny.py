@@ -6,7 +6,7 @@ The architecture is Gemma-2's, the size is not. It is trained on captions of tra
 held-out combination) to predict the next word and, through linear heads that are thrown away afterwards, what has
 been said so far: the `SLOTS`, from each token and from the mean over tokens. The heads are there because so small a
 language model keeps only what the next word depends on (`--heads 0` shows it), while SANA conditions on a model that
-keeps nearly everything. The probe is made of fresh ridge regressions on other scenes.
+keeps nearly everything, and understands it: the `SIDES` say what a relation means, which object stands where. The probe is made of fresh ridge regressions on other scenes.
 """
 
 from __future__ import annotations
@@ -40,6 +40,9 @@ COUNTS = {"a": 1, "an": 1, "one": 1, "something": 1, "two": 2, "three": 3, "four
 LINKS = {"and": 1, "with": 1, "left": 2, "right": 3, "above": 4, "below": 5}
 ADJECTIVES = {"large": 1, "small": 2}
 GREYS = {"light": 1, "plain": 2, "dark": 3}
+SIDES = {"left": 2, "right": 3, "top": 4, "bottom": 5}
+"""Side of the picture -> the relation that puts the first object there, and its opposite the second."""
+OPPOSITE = {2: 3, 3: 2, 4: 5, 5: 4}
 MEANINGFUL = {*COLORS, *NOUNS, *LINKS, *ADJECTIVES}
 
 SLOTS = {
@@ -52,7 +55,7 @@ SLOTS = {
     "size1": 3,
     "size2": 3,
     "background": 4,
-}
+} | {f"{side}_{what}": n for side in SIDES for what, n in (("color", 1 + len(COLORS)), ("shape", 3 + len(SHAPES)))}
 """What a caption can say -> number of values, 0 being "not said (yet)". 1 and 2 are the order of mention."""
 
 
@@ -81,9 +84,19 @@ def said(words: Sequence[str]) -> list[dict[str, int]]:
             if objects == 1:
                 slots["count"] = count
             color = size = 0
-        rows.append(dict(slots))
+        rows.append(slots | stands(slots))
         previous = word
     return rows
+
+
+def stands(slots: dict[str, int]) -> dict[str, int]:
+    """Colour and shape of what stands on each side, by a relation that has been said."""
+    found = {}
+    for side, relation in SIDES.items():
+        which = {relation: "1", OPPOSITE[relation]: "2"}.get(slots["relation"])
+        for what in ("color", "shape"):
+            found[f"{side}_{what}"] = slots[what + which] if which else 0
+    return found
 
 
 def held_out(words: Sequence[str]) -> bool:
@@ -342,7 +355,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for weights, tokenizer and results.json")
     parser.add_argument("--width", type=int, default=96)
     parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--lr", type=float, default=4e-3)
     parser.add_argument("--decay", type=float, default=0.01)

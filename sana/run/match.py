@@ -160,7 +160,9 @@ def _composed(facts: Facts, known: Facts, source: Source) -> Composed:
         )
     parts = source.pipeline
     if parts is not None and (parts / "text_encoder").is_dir():
-        overrides.append(f"encoder.text.path='{_quoted(parts)}'")
+        # Drawn as diffusers draws: it lower-cases and strips, and the null prompt keeps its own mask.
+        overrides += [f"encoder.text.path='{_quoted(parts)}'", "encoder.text.lowercase=true", "encoder.text.strip=true"]
+        overrides.append("model.null_mask=own")
     composed = compose("train", overrides)
     if parts is not None and (parts / "vae").is_dir():
         node = {"_target_": "sana.model.foreign.autoencoder", "folder": str(parts / "vae")}

@@ -185,6 +185,7 @@ def test_a_pipeline_of_diffusers_is_drawn_with(pipeline: Path) -> None:
     with torch.no_grad():
         want = theirs.vae.decode(latent / 0.41407).sample
         assert (frozen.autoencoder.decode(latent) - want).abs().max() < 1e-5 * want.abs().max()
+    assert (frozen.text_encoder.lowercase, frozen.text_encoder.strip, restored.module.null_mask) == (True, True, "own")
     loaded = frozen.text_encoder.model
     assert equal(dict(loaded.state_dict()), dict(theirs.text_encoder.to(loaded.dtype).state_dict()))
 
