@@ -6,7 +6,8 @@ The architecture is Gemma-2's, the size is not. It is trained on captions of tra
 held-out combination) to predict the next word and, through linear heads that are thrown away afterwards, what has
 been said so far: the `SLOTS`, from each token and from the mean over tokens. The heads are there because so small a
 language model keeps only what the next word depends on (`--heads 0` shows it), while SANA conditions on a model that
-keeps nearly everything, and understands it: the `SIDES` say what a relation means, which object stands where. The probe is made of fresh ridge regressions on other scenes.
+keeps nearly everything, and understands it: the slots of the `SIDES` say what a relation means, which object stands
+where. The probe is made of fresh ridge regressions on other scenes.
 """
 
 from __future__ import annotations
@@ -290,7 +291,8 @@ def probe(encoder: GemmaEncoder, fitted: int = 1500, tested: int = 500) -> dict[
         fitted, tested: scenes, four captions each.
 
     Returns:
-        {"last" or "mean" or "each": {"seen" or "held_out": {slot: accuracy, ..., "all": share without any error}}},
+        {"last" or "mean" or "each": {"seen" or "held_out": {slot: accuracy, ..., "all": share without any error in
+        what is said, "sides": share without any error in where it stands}}},
         see `features`; held_out are captions that state a combination that neither encoder nor probe has met.
     """
     known = features(encoder, captions(101, fitted))
@@ -307,7 +309,9 @@ def probe(encoder: GemmaEncoder, fitted: int = 1500, tested: int = 500) -> dict[
             read = (z @ weight + bias).split(list(SLOTS.values()), 1)
             right = (torch.stack([scores.argmax(1) for scores in read], 1) == truth).double()
             result[kind][split] = dict(zip(SLOTS, right.mean(0).tolist(), strict=True))
-            result[kind][split]["all"] = right.prod(1).mean().item()
+            stated = torch.tensor(["_" not in slot for slot in SLOTS])
+            result[kind][split]["all"] = right[:, stated].prod(1).mean().item()
+            result[kind][split]["sides"] = right[:, ~stated].prod(1).mean().item()
     return result
 
 
@@ -354,8 +358,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for weights, tokenizer and results.json")
     parser.add_argument("--width", type=int, default=96)
-    parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--layers", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--lr", type=float, default=4e-3)
     parser.add_argument("--decay", type=float, default=0.01)

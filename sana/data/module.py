@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -182,6 +182,7 @@ class ScenesData(ShardsData):
         count: int,
         held: int = 512,
         world_seed: int = 0,
+        tasks: Mapping[str, float] | None = None,
         accumulate: int = 1,
         cache_latents: bool = False,
         num_workers: int = 0,
@@ -198,7 +199,7 @@ class ScenesData(ShardsData):
             validation=validation,
             seed=seed,
         )
-        self.count, self.held, self.world_seed = count, held, world_seed
+        self.count, self.held, self.world_seed, self.tasks = count, held, world_seed, tasks
 
     def prepare_data(self) -> None:
         """Write the shards that are missing, then do what any shards need."""
@@ -208,5 +209,5 @@ class ScenesData(ShardsData):
     def write(self) -> None:
         """Make the training and validation shards; returns at once where they exist."""
         workers = os.cpu_count() or 1
-        write_scene_shards(self.folder, self.count, self.world_seed, "train", workers=workers)
+        write_scene_shards(self.folder, self.count, self.world_seed, "train", tasks=self.tasks, workers=workers)
         write_scene_shards(self.folder, self.held, self.world_seed + 1, "val", workers=workers)

@@ -14,11 +14,12 @@ import io
 import json
 import multiprocessing
 import os
+import random
 import struct
 import tarfile
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -29,6 +30,7 @@ import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from sana.data.synthetic import GENERATOR, example
+from sana.scenes import TASKS
 
 INDEX = "index.json"
 _LOCK = ".lock"
@@ -46,6 +48,7 @@ class SceneSet:
         split: first part of the names of the shards.
         held_out: whether the scenes are those that training never sees (`sana.scenes.HELD_OUT`).
         shard_size: images in each shard but the last.
+        tasks: (task, weight) pairs; a scene is of a task as often as its weight says. Empty: all equally often.
     """
 
     count: int
@@ -53,6 +56,7 @@ class SceneSet:
     split: str = "train"
     held_out: bool = False
     shard_size: int = 5000
+    tasks: tuple[tuple[str, float], ...] = ()
 
     def __post_init__(self) -> None:
         if self.count < 1:
@@ -63,6 +67,20 @@ class SceneSet:
             raise ValueError(f"seed is {self.seed}: expected an integer in [0, 2**63)")
         if not self.split.replace("_", "").isalnum():
             raise ValueError(f"split is {self.split!r}: expected letters, digits and underscores")
+        wrong = sorted({task for task, _ in self.tasks} - {*TASKS})
+        if wrong:
+            raise ValueError(f"tasks: there is no {wrong[0]!r}; expected some of {', '.join(TASKS)}")
+        if self.tasks and not (
+            all(weight >= 0 for _, weight in self.tasks) and any(weight for _, weight in self.tasks)
+        ):
+            raise ValueError(f"tasks: weights are not negative and not all zero, got {dict(self.tasks)}")
+
+    def task(self, index: int) -> str | None:
+        """The task that a scene is given; None leaves it to the scene."""
+        if not self.tasks:
+            return None
+        names, weights = zip(*self.tasks, strict=True)
+        return random.Random(f"{self.seed}/task/{index}").choices(names, weights)[0]
 
     def shards(self) -> list[tuple[str, int, int]]:
         """(name, first index, one past the last index) of each shard."""
@@ -114,7 +132,7 @@ def _write_shard(
         ):
             done = 0
             for index in range(first, last):
-                image, facts = example(scenes.seed, index, held_out=scenes.held_out)
+                image, facts = example(scenes.seed, index, scenes.task(index), held_out=scenes.held_out)
                 _add(tar, f"{facts['key']}.png", encode_png(image))
                 _add(tar, f"{facts['key']}.json", json.dumps(facts, separators=(",", ":")).encode())
                 done += 1
@@ -162,7 +180,8 @@ def _write_index(
 
 
 def _parameters(scenes: SceneSet) -> dict[str, Any]:
-    return {"generator": GENERATOR, **asdict(scenes)}
+    tasks = [list(pair) for pair in scenes.tasks] or None  # as JSON gives it back; None in indices without the key
+    return {"generator": GENERATOR, **asdict(scenes), "tasks": tasks}
 
 
 def _read_index(folder: Path, scenes: SceneSet) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
@@ -223,6 +242,7 @@ def write_scene_shards(
     *,
     held_out: bool = False,
     shard_size: int = 5000,
+    tasks: Mapping[str, float] | None = None,
     workers: int = 2,
     progress: bool = True,
 ) -> dict[str, Any]:
@@ -230,7 +250,7 @@ def write_scene_shards(
 
     Args:
         folder: a new or empty folder, or one of an earlier call with the same parameters or another split.
-        count, seed, split, held_out, shard_size: see `SceneSet`.
+        count, seed, split, held_out, shard_size, tasks: see `SceneSet`.
         workers: processes, each writing whole shards. It changes no byte.
         progress: whether to show a bar with rate and remaining time.
 
@@ -242,7 +262,7 @@ def write_scene_shards(
         ValueError: for a parameter out of range.
         FileExistsError: when the folder holds something else.
     """
-    scenes = SceneSet(count, seed, split, held_out, shard_size)
+    scenes = SceneSet(count, seed, split, held_out, shard_size, tuple((tasks or {}).items()))
     if workers < 1:
         raise ValueError(f"workers is {workers}: expected at least one")
     folder = Path(folder)

@@ -10,11 +10,13 @@ import subprocess
 import sys
 import tarfile
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from scipy.stats import binomtest
 
 from sana.data import scene_shards
 from sana.data.scene_shards import encode_png, write_scene_shards
@@ -91,12 +93,12 @@ def test_same_bytes_with_more_workers_and_smaller_steps(written: Path, tmp_path:
 def test_goes_on_where_it_ended(written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real, made = scene_shards.example, 0
 
-    def failing(seed: int, index: int, **rest: bool) -> object:
+    def failing(seed: int, index: int, task: str | None = None, **rest: bool) -> object:
         nonlocal made
         made += 1
         if made > 45:
             raise KeyboardInterrupt
-        return real(seed, index, **rest)
+        return real(seed, index, task, **rest)
 
     monkeypatch.setattr(scene_shards, "example", failing)
     with pytest.raises(KeyboardInterrupt):
@@ -195,3 +197,25 @@ def test_speed(tmp_path: Path) -> None:
     began = time.process_time()
     write(tmp_path, 600, seed=0, workers=1, progress=False)
     assert 600 / (time.process_time() - began) > 500
+
+
+def test_tasks_come_by_weight(tmp_path: Path) -> None:
+    tasks = {"position": 3.0, "counting": 1.0}
+    write(tmp_path, 400, 3, tasks=tasks, progress=False)
+    found: Counter[str] = Counter()
+    for path in tmp_path.glob("*.tar"):
+        with tarfile.open(path) as tar:
+            for member in tar.getmembers():
+                if member.name.endswith(".json"):
+                    file = tar.extractfile(member)
+                    assert file is not None
+                    found[json.load(file)["tag"]] += 1
+    assert set(found) == set(tasks)
+    assert binomtest(found["position"], 400, 0.75).pvalue > 0.01
+    write(tmp_path, 400, 3, tasks=tasks, progress=False)  # finds it there
+    with pytest.raises(FileExistsError, match="tasks is"):
+        write(tmp_path, 400, 3, progress=False)
+    with pytest.raises(ValueError, match="there is no 'positions'"):
+        write(tmp_path / "b", 4, 3, tasks={"positions": 1.0}, progress=False)
+    with pytest.raises(ValueError, match="not all zero"):
+        write(tmp_path / "b", 4, 3, tasks={"position": 0.0}, progress=False)
