@@ -6,8 +6,7 @@ The architecture is Gemma-2's, the size is not. It is trained on captions of tra
 held-out combination) to predict the next word and, through linear heads that are thrown away afterwards, what has
 been said so far: the `SLOTS`, from each token and from the mean over tokens. The heads are there because so small a
 language model keeps only what the next word depends on (`--heads 0` shows it), while SANA conditions on a model that
-keeps nearly everything, and understands it: the slots of the `SIDES` say what a relation means, which object stands
-where. The probe is made of fresh ridge regressions on other scenes.
+keeps nearly everything. The probe is made of fresh ridge regressions on other scenes.
 """
 
 from __future__ import annotations
@@ -41,9 +40,6 @@ COUNTS = {"a": 1, "an": 1, "one": 1, "something": 1, "two": 2, "three": 3, "four
 LINKS = {"and": 1, "with": 1, "left": 2, "right": 3, "above": 4, "below": 5}
 ADJECTIVES = {"large": 1, "small": 2}
 GREYS = {"light": 1, "plain": 2, "dark": 3}
-SIDES = {"left": 2, "right": 3, "top": 4, "bottom": 5}
-"""Side of the picture -> the relation that puts the first object there, and its opposite the second."""
-OPPOSITE = {2: 3, 3: 2, 4: 5, 5: 4}
 MEANINGFUL = {*COLORS, *NOUNS, *LINKS, *ADJECTIVES}
 
 SLOTS = {
@@ -56,7 +52,7 @@ SLOTS = {
     "size1": 3,
     "size2": 3,
     "background": 4,
-} | {f"{side}_{what}": n for side in SIDES for what, n in (("color", 1 + len(COLORS)), ("shape", 3 + len(SHAPES)))}
+}
 """What a caption can say -> number of values, 0 being "not said (yet)". 1 and 2 are the order of mention."""
 
 
@@ -85,19 +81,9 @@ def said(words: Sequence[str]) -> list[dict[str, int]]:
             if objects == 1:
                 slots["count"] = count
             color = size = 0
-        rows.append(slots | stands(slots))
+        rows.append(dict(slots))
         previous = word
     return rows
-
-
-def stands(slots: dict[str, int]) -> dict[str, int]:
-    """Colour and shape of what stands on each side, by a relation that has been said."""
-    found = {}
-    for side, relation in SIDES.items():
-        which = {relation: "1", OPPOSITE[relation]: "2"}.get(slots["relation"])
-        for what in ("color", "shape"):
-            found[f"{side}_{what}"] = slots[what + which] if which else 0
-    return found
 
 
 def held_out(words: Sequence[str]) -> bool:
@@ -291,8 +277,7 @@ def probe(encoder: GemmaEncoder, fitted: int = 1500, tested: int = 500) -> dict[
         fitted, tested: scenes, four captions each.
 
     Returns:
-        {"last" or "mean" or "each": {"seen" or "held_out": {slot: accuracy, ..., "all": share without any error in
-        what is said, "sides": share without any error in where it stands}}},
+        {"last" or "mean" or "each": {"seen" or "held_out": {slot: accuracy, ..., "all": share without any error}}},
         see `features`; held_out are captions that state a combination that neither encoder nor probe has met.
     """
     known = features(encoder, captions(101, fitted))
@@ -309,9 +294,7 @@ def probe(encoder: GemmaEncoder, fitted: int = 1500, tested: int = 500) -> dict[
             read = (z @ weight + bias).split(list(SLOTS.values()), 1)
             right = (torch.stack([scores.argmax(1) for scores in read], 1) == truth).double()
             result[kind][split] = dict(zip(SLOTS, right.mean(0).tolist(), strict=True))
-            stated = torch.tensor(["_" not in slot for slot in SLOTS])
-            result[kind][split]["all"] = right[:, stated].prod(1).mean().item()
-            result[kind][split]["sides"] = right[:, ~stated].prod(1).mean().item()
+            result[kind][split]["all"] = right.prod(1).mean().item()
     return result
 
 
@@ -358,8 +341,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for weights, tokenizer and results.json")
     parser.add_argument("--width", type=int, default=96)
-    parser.add_argument("--layers", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--lr", type=float, default=4e-3)
     parser.add_argument("--decay", type=float, default=0.01)
