@@ -137,3 +137,46 @@ class Batch:
     caption: list[str]
     index: Tensor
     key: list[str]
+
+
+@dataclass
+class Clip:
+    """One training batch of video clips: uniformly spaced frames of each source video.
+
+    Attributes:
+        video: (b, 3, f, H, W) float in [-1, 1], or None when latents are cached.
+        latent: (b, c, f, h, w) float, already scaled, or None.
+        caption: one prompt per clip, after caption choice.
+        fps: (b,) float32, frames per second at which `video` is to be played.
+        motion: (b,) float32, motion score of the source video as its shards give it (of the whole video: mean optical
+            flow, for instance); NaN where there is none.
+        first_frame: (b,) bool, True where the first frame is given clean and the clip trains image-to-video.
+        index: (b,) int64, position of each sample in the global stream of the run, as in `Batch`.
+        key: the sample's shard and name, for messages.
+    """
+
+    video: Tensor | None
+    latent: Tensor | None
+    caption: list[str]
+    fps: Tensor
+    motion: Tensor
+    first_frame: Tensor
+    index: Tensor
+    key: list[str]
+
+
+@dataclass
+class World(Clip):
+    """Clips with the camera of every frame: what world models are trained on.
+
+    The camera looks along +z, x points right and y down in the image (OpenCV). A point X of the world is seen at
+    pixel ``K (R^T (X - o))`` where ``pose = [R o; 0 1]``; the centre of the first pixel is at (0.5, 0.5).
+
+    Attributes:
+        pose: (b, f, 4, 4) float64 camera to world, relative to the first frame (whose pose is the identity), in the
+            units of the source, metres where it is metric.
+        intrinsics: (b, f, 3, 3) float64, K of each frame in pixels of `video` as it is here: resized and cropped.
+    """
+
+    pose: Tensor
+    intrinsics: Tensor

@@ -2,6 +2,8 @@
 
 python scripts/make_shards.py scenes DST --count 20000 --seed 1
     The embedded world: 64x64 scenes with prompts and captions (sana/data/synthetic.py).
+python scripts/make_shards.py moving DST --count 1000 --seed 1 --kind shapes|room
+    Videos of moving shapes, or of a room under a moving camera with its poses (sana/data/moving.py, room.py).
 """
 
 from __future__ import annotations
@@ -28,6 +30,17 @@ def scenes(options: argparse.Namespace) -> str:
     return f"{index['count']:,} scenes in {len(index['shards'])} shards: {options.folder} ({seconds:.1f} s)"
 
 
+def moving(options: argparse.Namespace) -> str:
+    from sana.data.moving_shards import MovingSet, write_moving_shards
+
+    began = time.monotonic()
+    scenes = MovingSet(
+        options.count, options.seed, options.kind, options.frames, options.fps, options.size, options.shard_size
+    )
+    shards = write_moving_shards(options.folder, scenes, options.split, workers=options.workers)
+    return f"{options.count:,} clips in {len(shards)} shards: {options.folder} ({time.monotonic() - began:.1f} s)"
+
+
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(description="Write data as WebDataset shards.")
     kinds = top.add_subparsers(dest="kind", required=True, metavar="KIND")
@@ -41,6 +54,19 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--workers", type=int, default=2, help="processes (%(default)s); changes no byte")
     made.add_argument("--split", default="train", help="first part of the shards' names (%(default)s)")
     made.set_defaults(run=scenes)
+
+    made = kinds.add_parser("moving", help="videos with exact motion, or with exact cameras")
+    made.add_argument("folder", metavar="DST", help="new or empty folder, or one to complete or to add a split to")
+    made.add_argument("--count", type=int, required=True, help="clips in all")
+    made.add_argument("--seed", type=int, required=True, help="sets with different seeds share no scene")
+    made.add_argument("--kind", default="shapes", help="shapes on known paths, or a room with cameras (%(default)s)")
+    made.add_argument("--frames", type=int, default=17, help="per clip (%(default)s)")
+    made.add_argument("--fps", type=float, default=16.0, help="frames per second (%(default)s)")
+    made.add_argument("--size", type=int, default=64, help="pixels on a side, even (%(default)s)")
+    made.add_argument("--shard-size", type=int, default=500, help="clips per shard (%(default)s)")
+    made.add_argument("--workers", type=int, default=2, help="processes (%(default)s); changes no byte")
+    made.add_argument("--split", default="train", help="first part of the shards' names (%(default)s)")
+    made.set_defaults(run=moving)
     return top
 
 
