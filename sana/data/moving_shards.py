@@ -1,8 +1,8 @@
 """Moving scenes written as WebDataset shards: tars of KEY.mp4 + KEY.json, and KEY.npz of cameras.
 
 The bytes of a shard depend on its parameters alone (and on the versions of x264 and FFmpeg). Each shard is written
-under another name and then renamed, so a second call goes on where the first was stopped. ``moving.json`` beside the shards
-holds the parameters.
+under another name and then renamed, so a second call goes on where the first was stopped. ``moving.json`` beside the
+shards holds the parameters.
 """
 
 from __future__ import annotations
