@@ -156,161 +156,196 @@ def find_cache(parent: Path, key: CacheKey) -> CacheFolder:
 
 
 class LatentCache:
-    """Cached latents of a source, read at random.
+    """Cached latents of one or more sources, read at random.
 
     Args:
-        folder: a complete cache of kind "latents".
+        folders: a complete cache of kind "latents" per source; their samples are numbered one source after another.
 
     Attributes:
-        bad: sample number -> reason, of samples that could not be encoded.
+        dtype: of the latents.
+        both: whether each image is stored mirrored too.
 
     Raises:
         StaleCacheError: shards are missing, or a tar does not belong to its index.
+        ValueError: caches of different dtypes, or mirrored in different ways.
     """
 
-    def __init__(self, folder: CacheFolder) -> None:
-        self.folder = folder
-        self.dtype = DTYPES[folder.key.dtype]
-        self.variants = 2 if folder.key.flip == "both" else 1
-        self._shard, self._offset, self._checksum, self.bad, tables = _places(folder)
-        self._shape = np.zeros((folder.count, 3), np.int32)
-        for table in tables:
-            self._shape[table["sample"].to_numpy()] = np.stack(
-                [table[name].to_numpy() for name in ("c", "h", "w")], axis=1
-            )
-        self._files = Files([folder.path / f"{shard}.tar" for shard in folder.shards])
+    def __init__(self, *folders: CacheFolder) -> None:
+        self.folders = folders
+        if len({(folder.key.dtype, folder.key.flip) for folder in folders}) != 1:
+            raise ValueError("cached latents of all sources need one dtype and one way of flipping")
+        self.dtype = DTYPES[folders[0].key.dtype]
+        self.both = folders[0].key.flip == "both"
+        self._places = _Places(folders)
+        self._shape = np.zeros((len(self), 3), np.int32)
+        self._stride = 1
+        self._checksum = np.zeros((len(self), 2), np.uint64)
+        for samples, table in self._places.tables:
+            self._shape[samples] = np.stack([table[name].to_numpy() for name in ("c", "h", "w")], axis=1)
+            coded = np.flatnonzero(table["h"].to_numpy())
+            if len(coded):
+                self._stride = table["height"][int(coded[0])].as_py() // table["h"][int(coded[0])].as_py()
+            self._checksum[samples, 0] = table["checksum"].to_numpy()
+            self._checksum[samples, 1] = table["checksum_flipped"].to_numpy()
 
     def __len__(self) -> int:
-        return self.folder.count
+        return self._places.count
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return LatentCache, (self.folder,)
+        return LatentCache, self.folders
 
     def size(self, i: int) -> tuple[int, int, int]:
-        """(c, h, w) of a sample's latent."""
-        c, h, w = self._shape[i]
-        return int(c), int(h), int(w)
+        """(c, h, w) of a sample's latent; (0, 0, 0) of one that could not be encoded."""
+        c, h, w = self._shape[i].tolist()
+        return c, h, w
 
-    def read(self, samples: Sequence[int] | np.ndarray, flipped: Sequence[bool] | np.ndarray | None = None) -> Tensor:
-        """Latents of samples of one size, (b, c, h, w) in the cache's dtype.
+    def read(
+        self,
+        samples: Sequence[int] | np.ndarray,
+        flipped: Sequence[bool] | np.ndarray | None = None,
+        *,
+        size: tuple[int, int] | None = None,
+    ) -> tuple[Tensor, dict[int, str]]:
+        """Latents of samples of one size.
 
         Args:
             samples: their numbers.
             flipped: which of them to read mirrored, where both ways are stored.
+            size: (height, width) of the images in pixels, for batches in which every sample is bad.
+
+        Returns:
+            (b, c, h, w) in the cache's dtype, and place -> reason of those that have no latent or whose bytes were
+            changed since; their rows are 0.
 
         Raises:
-            ValueError: latents of different sizes, a sample that could not be encoded, bytes that were changed since, or
-                `flipped` where one way is stored.
+            ValueError: latents of different sizes, or `flipped` where one way is stored.
         """
+        if flipped is not None and not self.both:
+            raise ValueError(f"{self.folders[0].path} holds each image one way, not both")
         numbers = np.asarray(samples, np.int64)
-        shapes = self._shape[numbers]
-        for i in numbers[self._shard[numbers] < 0] if self.bad else ():
-            raise ValueError(f"sample {i} has no latent: {self.bad.get(int(i), 'it is not in the cache')}")
-        if (shapes != shapes[0]).any():
+        shard, offset, shapes = self._places.shard[numbers], self._places.offset[numbers], self._shape[numbers]
+        there = shard >= 0
+        bad = {int(k): self._places.reason(int(numbers[k])) for k in np.flatnonzero(~there)}
+        c, h, w = shapes[there.argmax()].tolist() if there.any() else self._like(size)
+        if (shapes[there] != (c, h, w)).any():
             raise ValueError(f"latents of different sizes in one batch: {sorted(set(map(tuple, shapes.tolist())))}")
-        if flipped is not None and self.variants == 1:
-            raise ValueError(f"{self.folder.path} holds each image one way (flip={self.folder.key.flip}), not both")
-        c, h, w = shapes[0].tolist()
-        size = c * h * w * self.dtype.itemsize
-        offset, checksum = self._offset[numbers], self._checksum[numbers, 0]
-        if flipped is not None:
-            mirror = np.asarray(flipped, bool)
-            offset = offset + mirror * size
-            checksum = np.where(mirror, self._checksum[numbers, 1], checksum)
-        out = torch.empty((len(numbers), size), dtype=torch.uint8)
+        length = c * h * w * self.dtype.itemsize
+        which = np.zeros(len(numbers), np.int64) if flipped is None else np.asarray(flipped, np.int64)
+        checksum = self._checksum[numbers, which].tolist()
+        out = torch.empty((len(numbers), length), dtype=torch.uint8)
         rows = out.numpy()
-        read, digest = self._files.read_into, xxhash.xxh3_64_intdigest
-        places = zip(self._shard[numbers].tolist(), offset.tolist(), checksum.tolist(), strict=True)
-        for k, (shard, at, expected) in enumerate(places):
+        read, digest = self._places.files.read_into, xxhash.xxh3_64_intdigest
+        for k, (file, at) in enumerate(zip(shard.tolist(), (offset + which * length).tolist(), strict=True)):
             row = rows[k]
-            read(shard, at, row)
-            if digest(row) != expected:
-                raise ValueError(f"sample {numbers[k]}: {self.folder.shards[shard]}.tar was changed (checksum)")
-        return out.view(self.dtype).view(len(numbers), c, h, w)
+            if file < 0:
+                row[:] = 0
+                continue
+            if not read(file, at, row) or digest(row) != checksum[k]:
+                bad[k] = f"checksum: {self._places.files.name(file)} was changed since it was written"
+                row[:] = 0
+        return out.view(self.dtype).view(len(numbers), c, h, w), bad
+
+    def _like(self, size: tuple[int, int] | None) -> tuple[int, int, int]:
+        """(c, h, w) of a latent that is not there."""
+        c, h, w = self._shape.max(axis=0).tolist()
+        return (c, h, w) if size is None else (c, size[0] // self._stride, size[1] // self._stride)
 
 
 class TextCache:
-    """Cached token features of captions, read at random.
+    """Cached token features of the captions of one or more sources, read at random.
 
     Args:
-        folder: a complete cache of kind "text".
+        folders: a complete cache of kind "text" per source, as in `LatentCache`.
 
     Raises:
         StaleCacheError: shards are missing, or a tar does not belong to its index.
+        ValueError: caches of different dtypes or widths.
     """
 
-    def __init__(self, folder: CacheFolder) -> None:
-        self.folder = folder
-        self.dtype = DTYPES[folder.key.dtype]
-        self._shard, self._offset, _, self.bad, tables = _places(folder)
-        counts = np.zeros(folder.count, np.int64)
-        for table in tables:
-            counts[table["sample"].to_numpy()] = np.diff(np.asarray(table["tokens"].offsets))
+    def __init__(self, *folders: CacheFolder) -> None:
+        self.folders = folders
+        self.dtype = DTYPES[folders[0].key.dtype]
+        self._places = _Places(folders)
+        tables = self._places.tables
+        widths = {int(width) for _, table in tables for width in np.unique(table["channels"].to_numpy()) if width}
+        if len(widths) != 1 or len({folder.key.dtype for folder in folders}) != 1:
+            raise ValueError("cached features of all sources need one dtype and one width")
+        (self.channels,) = widths
+        counts = np.zeros(len(self), np.int64)
+        for samples, table in tables:
+            counts[samples] = np.diff(np.asarray(table["tokens"].offsets))
         self._first = np.concatenate([[0], np.cumsum(counts)])
         self._tokens = np.zeros(int(self._first[-1]), np.int64)
         self._hash = np.zeros(int(self._first[-1]), np.uint64)
-        self.channels = int(tables[0]["channels"][0].as_py()) if tables and len(tables[0]) else 0
-        for table in tables:
-            starts = np.repeat(self._first[table["sample"].to_numpy()], np.diff(np.asarray(table["tokens"].offsets)))
+        for samples, table in tables:
             ends = np.asarray(table["tokens"].offsets)
-            within = np.arange(ends[-1] - ends[0]) - np.repeat(ends[:-1] - ends[0], np.diff(ends))
-            self._tokens[starts + within] = table["tokens"].flatten().to_numpy()
-            self._hash[starts + within] = table["hash"].flatten().to_numpy()
-        self._files = Files([folder.path / f"{shard}.tar" for shard in folder.shards])
+            each = np.diff(ends)
+            at = np.repeat(self._first[samples] - ends[:-1], each) + np.arange(ends[-1])
+            self._tokens[at] = table["tokens"].values.to_numpy()
+            self._hash[at] = table["hash"].values.to_numpy()
 
     def __len__(self) -> int:
-        return self.folder.count
+        return self._places.count
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return TextCache, (self.folder,)
+        return TextCache, self.folders
 
-    def read(self, samples: Sequence[int], captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+    def read(self, samples: Sequence[int], captions: Sequence[str]) -> tuple[Tensor, Tensor, dict[int, str]]:
         """Features of one caption of each sample.
 
         Args:
             samples: their numbers.
-            captions: the text of the caption that was chosen for each, which is looked up among the cached ones.
+            captions: the caption that was chosen for each; it is looked up by its text.
 
         Returns:
-            (b, l, c) in the cache's dtype, zero beyond each caption's tokens, and the mask (b, l), True on tokens; l is
-            the longest of the batch.
+            (b, l, c) in the cache's dtype, zero beyond each caption's tokens, with l the longest of the batch; the mask
+            (b, l), True on tokens; and place -> reason of samples that have no features or cannot be read.
 
         Raises:
             StaleCacheError: a caption is not among those that were cached.
-            ValueError: a sample that could not be encoded.
         """
-        places = [self._find(int(i), text) for i, text in zip(samples, captions, strict=True)]
+        bad: dict[int, str] = {}
+        places = []
+        for k, (i, caption) in enumerate(zip(samples, captions, strict=True)):
+            if self._places.shard[i] < 0:
+                bad[k] = self._places.reason(int(i))
+                places.append((-1, 0, 0))
+            else:
+                places.append(self._find(int(i), caption))
         longest = max(tokens for _, _, tokens in places)
         text = torch.zeros((len(places), longest, self.channels), dtype=self.dtype)
         mask = torch.zeros((len(places), longest), dtype=torch.bool)
         rows = text.view(torch.uint8).numpy()
-        for k, (shard, at, tokens) in enumerate(places):
-            self._files.read_into(shard, at, rows[k, :tokens].reshape(-1))
-            mask[k, :tokens] = True
-        return text, mask
+        for k, (file, at, tokens) in enumerate(places):
+            if k not in bad and not self._places.files.read_into(file, at, rows[k, :tokens].reshape(-1)):
+                bad[k] = f"truncated: {self._places.files.name(file)}"
+            mask[k, :tokens] = k not in bad
+        return text, mask, bad
 
     def _find(self, i: int, caption: str) -> tuple[int, int, int]:
-        """(shard, offset, tokens) of a caption."""
-        if self._shard[i] < 0:
-            raise ValueError(f"sample {i} has no features: {self.bad.get(i, 'it is not in the cache')}")
+        """(file, offset, tokens) of a caption."""
         first, last = self._first[i], self._first[i + 1]
         hits = np.flatnonzero(self._hash[first:last] == np.uint64(caption_hash(caption)))
         if not len(hits):
-            raise StaleCacheError(f"sample {i}: the caption {_short(caption)!r} is not in {self.folder.path}")
+            raise StaleCacheError(f"sample {i}: the caption {_short(caption)!r} is not among the cached ones")
         before = int(self._tokens[first : first + hits[0]].sum()) * self.channels * self.dtype.itemsize
-        return int(self._shard[i]), int(self._offset[i]) + before, int(self._tokens[first + hits[0]])
+        return int(self._places.shard[i]), int(self._places.offset[i]) + before, int(self._tokens[first + hits[0]])
 
 
 class Files:
-    """Byte ranges of a few local files, read into memory that is given; descriptors survive neither fork nor pickling."""
+    """Byte ranges of local files, read into memory that is given; no descriptor is shared with another process."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self._paths = list(paths)
         self._open: dict[int, int] = {}
         self._pid = os.getpid()
 
-    def read_into(self, file: int, offset: int, target: Any) -> None:
-        """Fill a writable buffer; raises `ValueError` where the file ends before."""
+    def name(self, file: int) -> str:
+        """Of a file, for messages."""
+        return self._paths[file].name
+
+    def read_into(self, file: int, offset: int, target: np.ndarray) -> bool:
+        """Fill a row of bytes; False where the file ends before."""
         if self._pid != os.getpid():
             self._open, self._pid = {}, os.getpid()
         handle = self._open.get(file)
@@ -318,8 +353,7 @@ class Files:
             if len(self._open) >= 256:
                 os.close(self._open.pop(next(iter(self._open))))
             handle = self._open[file] = os.open(self._paths[file], os.O_RDONLY)
-        if os.preadv(handle, [target], offset) != len(target):
-            raise ValueError(f"{self._paths[file]} ends early: {len(target)} bytes expected at {offset}")
+        return os.preadv(handle, [target.data], offset) == len(target)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": {}}
@@ -348,37 +382,55 @@ def write_whole(path: Path, data: bytes | memoryview) -> None:
         partial.unlink(missing_ok=True)
 
 
-def _places(
-    folder: CacheFolder,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict[int, str], list[pa.RecordBatch]]:
-    """Per sample: shard (-1: none), offset and checksums of its first tensor; reasons of bad ones; the shards' tables."""
-    shard_of = np.full(folder.count, -1, np.int32)
-    offset = np.zeros(folder.count, np.int64)
-    checksum = np.zeros((folder.count, 2), np.uint64)
-    bad: dict[int, str] = {}
-    tables = []
-    for number, shard in enumerate(folder.shards):
-        try:
-            reader = pa.ipc.open_file(pa.memory_map(str(folder.path / f"{shard}.arrow")))
-            table, size = reader.get_batch(0), int((reader.schema.metadata or {})[b"bytes"])
-        except (OSError, KeyError, pa.ArrowException) as error:
-            raise StaleCacheError(f"{folder.path}: shard {shard} is not cached ({type(error).__name__})") from error
-        tar = folder.path / f"{shard}.tar"
-        if not tar.is_file() or tar.stat().st_size != size:
-            raise StaleCacheError(f"{tar} is not the file that its index describes; delete {shard}.arrow and cache anew")
-        samples = table["sample"].to_numpy()
-        if len(samples) and (samples.min() < 0 or samples.max() >= folder.count):
-            raise StaleCacheError(f"{folder.path}: {shard}.arrow names samples that the source does not have")
-        shard_of[samples] = number
-        offset[samples] = table["offset"].to_numpy()
-        for k, name in enumerate(("checksum", "checksum_flipped")):
-            if name in table.schema.names:
-                checksum[samples, k] = table[name].to_numpy()
-        for row in np.flatnonzero(table["bad"].is_valid().to_numpy(zero_copy_only=False)):
-            bad[int(samples[row])] = table["bad"][int(row)].as_py()
-            shard_of[samples[row]] = -1
-        tables.append(table)
-    return shard_of, offset, checksum, bad, tables
+class _Places:
+    """Where every sample of some caches lies.
+
+    Attributes:
+        count: samples in all.
+        shard: (count,) number of the file, -1 where there is none.
+        offset: (count,) bytes, of the sample's first number.
+        files: the tars.
+        tables: (samples' numbers, rows) of each shard.
+    """
+
+    def __init__(self, folders: Sequence[CacheFolder]) -> None:
+        self.count = sum(folder.count for folder in folders)
+        self.shard = np.full(self.count, -1, np.int32)
+        self.offset = np.zeros(self.count, np.int64)
+        self.tables: list[tuple[np.ndarray, pa.RecordBatch]] = []
+        self._bad: dict[int, str] = {}
+        base, tars = 0, []
+        for folder in folders:
+            for name in folder.shards:
+                table = _read_table(folder, name)
+                samples = table["sample"].to_numpy() + base
+                self.shard[samples], self.offset[samples] = len(tars), table["offset"].to_numpy()
+                for row in np.flatnonzero(np.asarray(table["bad"].is_valid())):
+                    self._bad[int(samples[row])] = table["bad"][int(row)].as_py()
+                    self.shard[samples[row]] = -1
+                self.tables.append((samples, table))
+                tars.append(folder.path / f"{name}.tar")
+            base += folder.count
+        self.files = Files(tars)
+
+    def reason(self, i: int) -> str:
+        """Why a sample is not there."""
+        return self._bad.get(i, "missing file: it is not in the cache")
+
+
+def _read_table(folder: CacheFolder, name: str) -> pa.RecordBatch:
+    try:
+        reader = pa.ipc.open_file(pa.memory_map(str(folder.path / f"{name}.arrow")))
+        table, size = reader.get_batch(0), int((reader.schema.metadata or {})[b"bytes"])
+    except (OSError, KeyError, pa.ArrowException) as error:
+        raise StaleCacheError(f"{folder.path}: shard {name} is not cached ({type(error).__name__})") from error
+    tar = folder.path / f"{name}.tar"
+    if not tar.is_file() or tar.stat().st_size != size:
+        raise StaleCacheError(f"{tar} is not the file its index describes; delete {name}.arrow and cache it anew")
+    samples = table["sample"].to_numpy()
+    if len(samples) and not 0 <= samples.min() <= samples.max() < folder.count:
+        raise StaleCacheError(f"{folder.path}: {name}.arrow names samples that the source does not have")
+    return table
 
 
 def _short(value: object) -> str:
