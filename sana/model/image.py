@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from sana.model.base import Optimisation, OptimizerFactory, Recipe, Schedule
+from sana.model.base import Optimisation, OptimizerFactory, Recipe, Schedule, share_of_good, weighted_mean
 from sana.model.frozen import Frozen
 from sana.ops.random import normal, spread, uniform
 from sana.types import Batch, Condition
@@ -79,8 +79,8 @@ class ImageModule(Recipe):
         with self.timed("autoencoder"):
             x0 = self.latents(batch)
         with self.timed("model"):
-            loss = self.flow_loss(self.network, x0, condition, batch.index).mean()
-            self.report["train/loss"] = loss.detach()
+            loss = weighted_mean(self.flow_loss(self.network, x0, condition, batch.index), batch.weight)
+            self.report["train/loss"] = loss.detach() / share_of_good(batch)
             self.optimise("network", loss)
         self.finish_batch(len(batch.caption))
 
@@ -170,11 +170,7 @@ class ImageModule(Recipe):
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """Move the tensors of a `Batch`."""
-        for name in ("image", "latent", "index"):
-            value = getattr(batch, name)
-            if value is not None:
-                setattr(batch, name, value.to(device, non_blocking=True))
-        return batch
+        return batch.to(device)
 
 
 def _fit(rows: Tensor, length: int) -> Tensor:
