@@ -81,8 +81,8 @@ def decode_image(data: bytes, *, size: tuple[int, int] | None = None, max_pixels
 
     Args:
         data: the whole file.
-        size: least height and width that the caller needs. A JPEG at least twice as large is then decoded at 1/2, 1/4
-            or 1/8 of its size, which saves most of the work; the result is never smaller than `size` unless the image is.
+        size: least height and width that the caller needs. A JPEG at least twice as large is then decoded at 1/2,
+            1/4 or 1/8 of its size, which saves most of the work; never below `size` unless the image is.
         max_pixels: greatest width x height of the stored image.
 
     Returns:

@@ -232,10 +232,12 @@ def test_corrupt_bytes_raise_nothing_else(seed: int) -> None:
             for place in rng.integers(0, len(data), rng.integers(1, 12)):
                 broken[place] = rng.integers(0, 256)
             for read in (lambda b: decode_image(b, max_pixels=10**6), image_size):
+                said = ""
                 try:
                     read(bytes(broken))
                 except ValueError as error:
-                    assert str(error).split(":")[0] in REASONS
+                    said = str(error)
+                assert said.split(":")[0] in ("", *REASONS)
 
 
 def test_bombs_are_refused_before_decoding() -> None:
