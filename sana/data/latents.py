@@ -28,7 +28,7 @@ def cache_path(folder: Path, *key: str) -> Path:
 
 def build(
     path: Path,
-    images: Callable[[int], np.ndarray],
+    images: Callable[[int], np.ndarray | None],
     count: int,
     encode: Encode,
     *,
@@ -38,7 +38,7 @@ def build(
 
     Args:
         path: the cache file; written beside and renamed at the end, so that a half-written file is never found.
-        images: sample number -> uint8 (H, W, 3).
+        images: sample number -> uint8 (H, W, 3); None where it cannot be read: its latent is not a number.
         count: number of samples.
         encode: images (b, 3, H, W) in [-1, 1] -> latents (b, c, h, w).
         batch: images per call of `encode`.
@@ -62,7 +62,7 @@ def build(
 
 def _write(
     path: Path,
-    images: Callable[[int], np.ndarray],
+    images: Callable[[int], np.ndarray | None],
     count: int,
     encode: Encode,
     batch: int,
@@ -70,16 +70,24 @@ def _write(
     target = None
     for first in track(range(0, count, batch), "encoding latents", console=Console(stderr=True)):
         last = min(first + batch, count)
-        pixels = to_tensor(np.stack([images(i) for i in range(first, last)]))
-        latents = encode(pixels).float().cpu()
+        loaded = [images(i) for i in range(first, last)]
+        good = [k for k, image in enumerate(loaded) if image is not None]
+        if not good:
+            if target is not None:
+                target[first:last] = np.nan
+            continue
+        latents = encode(to_tensor(np.stack([image for image in loaded if image is not None]))).float().cpu()
         if not bool(torch.isfinite(latents).all()) or float(latents.abs().max()) > 6e4:
             raise ValueError(f"latents of samples {first}..{last - 1} are not finite or exceed float16")
         if target is None:
             shape = (count, *latents.shape[1:])
             target = np.lib.format.open_memmap(path, mode="w+", dtype=np.float16, shape=shape)
-        target[first:last] = latents.numpy().astype(np.float16)
-    if target is not None:
-        target.flush()
+            target[:first] = np.nan
+        target[first:last] = np.nan
+        target[[first + k for k in good]] = latents.numpy().astype(np.float16)
+    if target is None:
+        raise ValueError("no image can be read, so there is nothing to encode")
+    target.flush()
 
 
 def to_tensor(pixels: np.ndarray) -> Tensor:
