@@ -46,6 +46,11 @@ class ShardSamples:
     keys: tuple[str, ...]
 
 
+def mirrored_once(samples: Sequence[int]) -> list[bool]:
+    """Which samples of a source are mirrored where that is decided once: half of them, by their numbers."""
+    return (uniform(_FLIP_SEED, torch.tensor(list(samples), dtype=torch.int64), "cached flip") < 0.5).tolist()
+
+
 def shards_of(source: Any, largest: int = 5000) -> list[ShardSamples]:
     """The shards of a source as they are to be cached: its own, cut where they are larger than `largest`.
 
@@ -150,8 +155,7 @@ def write_latents(
     dtype, flip = DTYPES[folder.key.dtype], folder.key.flip
     names = dict(zip(shard.samples, shard.keys, strict=True))
     waiting: dict[tuple[int, ...], list[tuple[int, np.ndarray]]] = {}
-    coins = uniform(_FLIP_SEED, torch.tensor(shard.samples, dtype=torch.int64), "cached flip") < 0.5
-    once = {i: flip == "once" and bool(coin) for i, coin in zip(shard.samples, coins.tolist(), strict=True)}
+    once = {i: flip == "once" and coin for i, coin in zip(shard.samples, mirrored_once(shard.samples), strict=True)}
 
     def flush(writer: _Writer, group: list[tuple[int, np.ndarray]]) -> None:
         pixels = torch.from_numpy(np.stack([p[:, ::-1] if once[i] else p for i, p in group]))

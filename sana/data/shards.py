@@ -18,6 +18,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from sana.data.caption import Caption
+from sana.data.decode import image_size
+from sana.data.record import BadSample, Record
+
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 MAX_PIXELS = 64_000_000  # refuse decompression bombs before a pixel is decoded
 
@@ -131,3 +135,33 @@ def _scan(shard: int, path: Path) -> list[Member]:
             if kind not in parts:
                 raise ValueError(f"{path}: sample {key!r} has no {'picture' if kind == 'image' else '.json'}")
     return [Member(shard, key, parts["image"], parts["meta"]) for key, parts in samples.items()]
+
+
+class ShardSource(ShardFolder):
+    """The shards of one split behind the interface of sources, until those of `sana.data.formats` replace it."""
+
+    def __init__(self, folder: str | Path, split: str = "train") -> None:
+        super().__init__(folder, split)
+        self.index = self
+
+    @property
+    def shards(self) -> list[dict[str, Any]]:
+        return [{"name": path.name} for path in self.paths]
+
+    def column(self, name: str) -> np.ndarray:
+        if name == "shard":
+            return np.array([m.shard for m in self.members])
+        sizes = [image_size(self._read(m.shard, m.image)) for m in self.members]
+        return np.array([size[("width", "height").index(name)] for size in sizes])
+
+    def record(self, i: int) -> Record:
+        shard, key = self.key(i).split("/", 1)
+        meta = self.meta(i)
+        captions = [Caption(c["source"], c["text"], c.get("score")) for c in meta.get("captions", ())]
+        return Record(key, shard, tuple(captions or [Caption("prompt", meta["prompt"])]), 0, 0, meta=meta)
+
+    def image(self, i: int, size: tuple[int, int] | None = None) -> np.ndarray:
+        try:
+            return super().image(i)
+        except ValueError as error:
+            raise BadSample(*self.key(i).split("/", 1), str(error)) from None

@@ -13,7 +13,6 @@ import pytest
 import webdataset
 from PIL import Image
 
-from sana.data.latents import build, cache_path, to_tensor
 from sana.data.shards import ShardFolder
 
 
@@ -90,32 +89,3 @@ def test_bad_folders_and_shards_say_what_is_wrong(tmp_path: Path) -> None:
         add(tar, "a.json", b"{}")
     with pytest.raises(ValueError, match=r"train-000000\.tar/a: image cannot be read"):
         ShardFolder(tmp_path).image(0)
-
-
-def test_latents_are_encoded_once_and_keyed_by_what_they_depend_on(tmp_path: Path) -> None:
-    pictures = np.random.default_rng(1).integers(0, 256, (5, 8, 8, 3), dtype=np.uint8)
-    calls = []
-
-    def encode(images):  # type: ignore[no-untyped-def]
-        calls.append(len(images))
-        return images.mean(1, keepdim=True)
-
-    path = cache_path(tmp_path, "shards", "encoder", "float16")
-    assert path != cache_path(tmp_path, "shards", "another encoder", "float16")
-    first = build(path, lambda i: pictures[i], 5, encode, batch=2)
-    assert calls == [2, 2, 1]
-    again = build(path, lambda i: pictures[i], 5, encode, batch=2)
-    assert calls == [2, 2, 1]
-    expected = (pictures.astype(np.float64) / 127.5 - 1).mean(-1)[:, None]
-    assert np.abs(np.asarray(first, np.float64) - expected).max() < 1e-3
-    assert np.array_equal(first, again)
-    with pytest.raises(ValueError, match="holds 5 latents, 6 expected"):
-        build(path, lambda i: pictures[i], 6, encode)
-    with pytest.raises(ValueError, match="not finite"):
-        build(tmp_path / "other.npy", lambda i: pictures[i], 5, lambda x: x / 0)
-    assert not list(tmp_path.glob(".*tmp"))
-
-
-def test_pixels_span_minus_one_to_one() -> None:
-    pixels = np.array([[[[0, 255, 51]]]], np.uint8)
-    assert to_tensor(pixels).flatten().tolist() == pytest.approx([-1.0, 1.0, 51 / 127.5 - 1])
