@@ -1,4 +1,4 @@
-"""Training from caches: the loader gives the latents and features of the very samples, captions and sizes it would load."""
+"""Training from caches: the loader gives latents and features of the very samples, captions and sizes it would load."""
 
 from __future__ import annotations
 
