@@ -177,6 +177,12 @@ class ShardsData(LightningDataModule):
         )
         return loader(self.samples(latents=self._latents() if self.cache_latents else None), batches, self.num_workers)
 
+    def batches(self) -> Iterator[Batch]:
+        """The global batches of a new run, endlessly, as the loader gives them (pixels as uint8)."""
+        samples = self.samples()
+        for slots in MicroBatches(self.planner(), self.table(samples.sources).sizes):
+            yield samples.__getitems__(slots)
+
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Pixels become numbers in [-1, 1], on the device.
 
@@ -191,7 +197,7 @@ class ShardsData(LightningDataModule):
     def validation_images(self, batch: int = 256) -> Iterator[np.ndarray]:
         """All readable images of the validation split, uint8 (b, H, W, 3) at a time, at one size."""
         samples, images = self.samples("val"), []
-        for slot in self._slots(samples, range(len(samples))):
+        for slot in self.slots(samples, range(len(samples))):
             try:
                 images.append(samples.pixels(slot))
             except BadSample:
@@ -207,7 +213,7 @@ class ShardsData(LightningDataModule):
         samples = self.samples("val")
         order = Stream([Cell(np.arange(len(samples)), Fraction(len(samples)))], self.seed).take(0, len(samples))
         parts = []
-        for slot in self._slots(samples, order.tolist()):
+        for slot in self.slots(samples, order.tolist()):
             part = samples.__getitems__([slot])
             if not part.bad:
                 parts.append(part)
@@ -225,7 +231,7 @@ class ShardsData(LightningDataModule):
             )
         )
 
-    def _slots(self, samples: Samples, order: Sequence[int]) -> list[Slot]:
+    def slots(self, samples: Samples, order: Sequence[int]) -> list[Slot]:
         """Positions 0, 1, ... of a pass over samples, all of the size that is nearest to a square."""
         table = self.table(samples.sources)
         height, width = table.sizes[int(table.nearest(np.ones(1), np.ones(1))[0])]
@@ -237,7 +243,7 @@ class ShardsData(LightningDataModule):
             raise ValueError("data.cache_latents=true needs a recipe with an autoencoder; set it to false")
         encode, digest = recipe.latent_encoder()
         samples = self.samples()
-        slots = self._slots(samples, range(len(samples)))
+        slots = self.slots(samples, range(len(samples)))
         size = f"{slots[0].height}x{slots[0].width}"
         path = latent_cache.cache_path(Path(self.folders[0]), self.fingerprint(), digest, "float16", size)
 
