@@ -7,7 +7,7 @@ from itertools import islice
 import numpy as np
 import pytest
 import torch
-from pictures import Pictures
+from memory_source import Pictures
 
 from sana.data.caption import PowerScore, Proportion
 from sana.data.loader import MicroBatches, Samples, Slot, loader, to_float

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from lightning import Trainer
-from pictures import Pictures
+from memory_source import Pictures
 from rich.console import Console
 from torch import nn
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from pictures import Pictures
+from memory_source import Pictures
 
 from sana.data.bucket import Buckets
 from sana.data.caption import Proportion
