@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,12 @@ from torch.utils.data import DataLoader
 from sana.data import latents as latent_cache
 from sana.data.bucket import Buckets, square
 from sana.data.caption import PowerScore, Proportion, SoftmaxScore
+from sana.data.formats.open import open_source
 from sana.data.loader import MicroBatches, Samples, Slot, loader, to_float
 from sana.data.planner import Planner, plan
-from sana.data.record import BadSample
+from sana.data.record import BadSample, Limits
 from sana.data.scene_shards import write_scene_shards
-from sana.data.shards import ShardSource
+from sana.data.source import Source
 from sana.data.stream import Cell, Filter, Stream
 from sana.types import Batch
 
@@ -38,6 +39,8 @@ class ShardsData(LightningDataModule):
         buckets: sizes by aspect ratio to bring images to instead of one square.
         filter: which samples take part; None: all.
         resampled: draw with replacement instead of each sample once per epoch.
+        limits: what a sample may have at most, before it is read; None: those of `Limits`.
+        cache: folder that keeps whole shards of data that lie at an address; None: only byte ranges are fetched.
         caption: how one caption of several is chosen.
         accumulate: micro-batches per update; each has ``batch_size / world / accumulate`` samples.
         cache_latents: encode every image once before training, with the recipe's `latent_encoder`, and keep the
@@ -64,6 +67,8 @@ class ShardsData(LightningDataModule):
         buckets: Buckets | None = None,
         filter: Filter | None = None,
         resampled: bool = False,
+        limits: Limits | None = None,
+        cache: str | None = None,
         accumulate: int = 1,
         cache_latents: bool = False,
         num_workers: int = 0,
@@ -85,12 +90,13 @@ class ShardsData(LightningDataModule):
         self.batch_size, self.accumulate, self.seed = batch_size, accumulate, seed
         self.size, self.weights, self.buckets = size, weights, buckets
         self.filter, self.resampled = filter or Filter(), resampled
+        self.limits, self.cache = limits or Limits(), cache
         self.choice, self.cache_latents, self.num_workers = caption, cache_latents, num_workers
         self.validation, self.max_bad_fraction, self.inspect = validation, max_bad_fraction, inspect
         self.bad, self.reported = 0, False
-        self._sources: dict[str, list[Any]] = {}
+        self._sources: dict[str, list[Source]] = {}
 
-    def sources(self, split: str = "train") -> list[Any]:
+    def sources(self, split: str = "train") -> list[Source]:
         """The sources of a split, opened once; for "val" those that have it, else all of "train".
 
         Raises:
@@ -100,14 +106,14 @@ class ShardsData(LightningDataModule):
             found = []
             for folder in self.folders:
                 try:
-                    found.append(ShardSource(folder, split))
+                    found.append(open_source(folder, split, cache=self.cache, **asdict(self.limits)))
                 except FileNotFoundError:
                     if split == "train":
                         raise
             self._sources[split] = found or self.sources()
         return self._sources[split]
 
-    def table(self, sources: Sequence[Any]) -> Buckets:
+    def table(self, sources: Sequence[Source]) -> Buckets:
         """The sizes of batches.
 
         Raises:
@@ -245,7 +251,12 @@ class ShardsData(LightningDataModule):
         samples = self.samples()
         slots = self.slots(samples, range(len(samples)))
         size = f"{slots[0].height}x{slots[0].width}"
-        path = latent_cache.cache_path(Path(self.folders[0]), self.fingerprint(), digest, "float16", size)
+        place = Path(self.folders[0])
+        if "://" in self.folders[0]:
+            raise ValueError("data.cache_latents=true keeps latents beside the data, which an address does not allow")
+        path = latent_cache.cache_path(
+            place if place.is_dir() else place.parent, self.fingerprint(), digest, "float16", size
+        )
 
         def image(i: int) -> np.ndarray | None:
             try:

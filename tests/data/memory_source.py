@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from sana.data.caption import Caption
-from sana.data.decode import decode_image
+from sana.data.decode import decode_picture
 from sana.data.record import BadSample, Record
 
 
@@ -57,9 +57,9 @@ class Pictures:
         height, width = self.pixels[i].shape[:2]
         return Record(f"{i:06d}", f"{i % self.shards:05d}.tar", captions, width, height)
 
-    def image(self, i: int, size: tuple[int, int] | None = None) -> np.ndarray:
+    def picture(self, i: int, size: tuple[int, int] | None = None) -> Image.Image:
         try:
-            return decode_image(self.files[i], size=size, max_pixels=10**6)
+            return decode_picture(self.files[i], size=size, max_pixels=10**6)
         except ValueError as error:
             raise BadSample(self.record(i).shard, self.record(i).key, str(error)) from None
 

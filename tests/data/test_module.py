@@ -36,6 +36,7 @@ class Brightness(Recipe):
     def __init__(self, accumulate: int = 1) -> None:
         plan = Optimisation(partial(torch.optim.SGD, lr=0.1), lambda update: 1.0)
         super().__init__({"level": plan}, seed=0, accumulate=accumulate)
+        torch.manual_seed(0)
         self.level = nn.Linear(1, 1)
         self.seen: list[tuple[str, float]] = []
         self.shapes: list[tuple[int, ...]] = []
