@@ -16,9 +16,9 @@ def train(composed: Composed) -> int:
 
     from lightning import seed_everything
 
-    from sana.data.inspect import inspect
     from sana.run.begin import begin
     from sana.run.build import build, build_all
+    from sana.run.inspect import inspect
     from sana.run.runs import find_checkpoint
 
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)

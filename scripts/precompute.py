@@ -6,7 +6,7 @@ python scripts/precompute.py [cache=[latents,text]] [engine=local|ray] [workers=
     python scripts/precompute.py ... part=2/8       the third of eight machines that share the folder
     python scripts/precompute.py ... engine=ray     on the Ray cluster of RAY_ADDRESS, or on a local one
 
-The shards lie in "cache" beside the images (data.cache_folder). What is there is left as it is, so the same command
+The shards lie in "cache" beside the images (or in data.cache). What is there is left as it is, so the same command
 goes on after a stop. Train with the same settings and data.cache_latents=required data.cache_text=required.
 """
 

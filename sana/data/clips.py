@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from sana.data.caption import Caption
+from sana.data.record import BadSample
 from sana.data.video import Video, count_at, probe, read_clip
 from sana.data.world import Camera, read_camera
 from sana.ops.random import uniform
@@ -22,7 +23,7 @@ from sana.types import Clip, World
 
 
 class Members(Protocol):
-    """Where the bytes of samples come from."""
+    """Where the bytes of samples come from; a `sana.data.source.Source` is one."""
 
     def __len__(self) -> int: ...
 
@@ -31,7 +32,11 @@ class Members(Protocol):
         ...
 
     def read(self, i: int, member: str) -> bytes:
-        """Bytes of the member "mp4", "json" or "npz" of a sample; raises where there is none."""
+        """Bytes of the member "clip", "meta" or "camera" of a sample; raises `BadSample` where there is none."""
+        ...
+
+    def bad_sample(self, i: int, reason: str) -> BadSample:
+        """The error that says why a sample cannot be used."""
         ...
 
 
@@ -71,7 +76,7 @@ class ClipReader:
         seed: of the choice of the beginning.
 
     Raises:
-        ValueError: from `read`: what cannot be read, with the sample's key.
+        BadSample: from `read`: what cannot be read, is too short, or has no camera where one is asked for.
     """
 
     source: Members
@@ -85,33 +90,32 @@ class ClipReader:
 
     def wanted(self, i: int) -> bool:
         """Whether a sample is long enough and moves as asked, from its JSON; a rate or length not told is looked up."""
-        meta = json.loads(self.source.read(i, "json"))
+        meta = json.loads(self.source.read(i, "meta"))
         motion = motion_score(meta)
         if self.least_motion is not None and not motion >= self.least_motion:
             return False
         if self.most_motion is not None and not motion <= self.most_motion:
             return False
         try:
-            return count_at(probe(self.source.read(i, "mp4")), self.fps) >= self.frames
-        except ValueError:
+            return count_at(probe(self.source.read(i, "clip")), self.fps) >= self.frames
+        except (ValueError, BadSample):
             return False
 
     def read(self, i: int, position: int) -> ClipSample:
         """Sample i, standing at a position of the stream."""
-        key = self.source.key(i)
         u = float(uniform(self.seed, torch.tensor([position]), "clip start"))
         try:
-            meta = json.loads(self.source.read(i, "json"))
-            data = self.source.read(i, "mp4")
+            meta = json.loads(self.source.read(i, "meta"))
+            data = self.source.read(i, "clip")
             video = read_clip(data, self.frames, self.fps, size=self.size, u=u)
             camera = None
             if self.camera:
-                whole = read_camera(self.source.read(i, "npz"), probe(data).frames)
+                whole = read_camera(self.source.read(i, "camera"), probe(data).frames)
                 height, width = video.frames.shape[1:3]
                 camera = whole.at(video.index).relative().resized(video.box, width, height)
-            return ClipSample(video, captions(meta), motion_score(meta), camera, key, position)
+            return ClipSample(video, captions(meta), motion_score(meta), camera, self.source.key(i), position)
         except ValueError as error:
-            raise ValueError(f"{key}: {error}") from error
+            raise self.source.bad_sample(i, f"corrupt clip: {error}") from error
 
 
 def captions(meta: dict[str, Any]) -> list[Caption]:

@@ -260,6 +260,10 @@ class Index:
         score = float(self._caption_score[j])
         return Caption(self._caption_source[j], self._caption_text[j], None if score != score else score)
 
+    def rows(self) -> pa.Table:
+        """All columns, as `join` takes them."""
+        return pa.Table.from_batches([self._batch]).replace_schema_metadata(None)
+
     def digest_parts(self) -> Iterator[bytes | memoryview]:
         """The bytes of everything that identifies the samples: keys, places, sizes, checksums, captions, scores."""
         for name in sorted(self.names):

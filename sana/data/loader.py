@@ -85,7 +85,7 @@ class Samples(Dataset[Batch]):
     """Loads micro-batches out of sources.
 
     Args:
-        sources: with ``record(i)`` and ``image(i, size)``; their samples are numbered one source after another.
+        sources: their samples are numbered one source after another.
         choice: rule that takes one caption of several by a uniform number.
         seed: of the caption choice, with the position.
         lanczos: resize by Lanczos instead of bicubically.
@@ -124,8 +124,8 @@ class Samples(Dataset[Batch]):
             BadSample: it cannot be read.
         """
         source, i = self.locate(slot.sample)
-        image = source.image(i, size=(slot.height, slot.width))
-        return resize_and_crop(image, slot.height, slot.width, lanczos=self.lanczos)
+        picture = source.picture(i, size=(slot.height, slot.width))
+        return resize_and_crop(picture, slot.height, slot.width, lanczos=self.lanczos)
 
     def __getitems__(self, slots: list[Slot]) -> Batch:
         """A micro-batch; all slots have one size. It is whole whatever the samples are like."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,12 @@ from sana.data.bucket import Buckets, square
 from sana.data.cache import DTYPES, FLIPS, LatentCache, TextCache, find_cache
 from sana.data.caching import Encoding, Job, latent_jobs, text_jobs
 from sana.data.caption import PowerScore, Proportion, SoftmaxScore
+from sana.data.formats.open import open_source
 from sana.data.loader import MicroBatches, Samples, Slot, loader, to_float
 from sana.data.planner import Planner, plan
-from sana.data.record import BadSample
+from sana.data.record import BadSample, Limits
 from sana.data.scene_shards import write_scene_shards
-from sana.data.shards import ShardSource
+from sana.data.source import Source
 from sana.data.stream import Cell, Filter, Stream
 from sana.types import Batch
 
@@ -39,13 +40,15 @@ class ShardsData(LightningDataModule):
         buckets: sizes by aspect ratio to bring images to instead of one square.
         filter: which samples take part; None: all.
         resampled: draw with replacement instead of each sample once per epoch.
+        limits: what a sample may have at most, before it is read; None: those of `Limits`.
+        cache: folder that keeps what was fetched or computed: whole shards of data that lie at an address, latents and
+            features of captions. None: only byte ranges are fetched, and what is computed lies in "cache" beside the data.
         caption: how one caption of several is chosen.
         accumulate: micro-batches per update; each has ``batch_size / world / accumulate`` samples.
         cache_latents: train on latents that are kept in shards beside the images (`sana.data.cache`): true encodes
             what is not there before training; "required" refuses to train unless scripts/precompute.py made them.
         cache_text: the same for features of the captions.
         cache_dtype: of both: "float16", "bfloat16" or "float32".
-        cache_folder: where caches lie; None: in "cache" beside the images.
         flip: mirror images: "none"; "once": half of them, always the same; "both": anew at each position.
         num_workers: loader processes per rank.
         validation: number of samples for validation losses, from the split "val" if there is one.
@@ -69,11 +72,12 @@ class ShardsData(LightningDataModule):
         buckets: Buckets | None = None,
         filter: Filter | None = None,
         resampled: bool = False,
+        limits: Limits | None = None,
+        cache: str | None = None,
         accumulate: int = 1,
         cache_latents: bool | str = False,
         cache_text: bool | str = False,
         cache_dtype: str = "float16",
-        cache_folder: str | None = None,
         flip: str = "none",
         num_workers: int = 0,
         validation: int = 64,
@@ -102,12 +106,13 @@ class ShardsData(LightningDataModule):
         self.filter, self.resampled = filter or Filter(), resampled
         self.choice, self.num_workers = caption, num_workers
         self.cached = {"latents": cache_latents, "text": cache_text}
-        self.cache_dtype, self.cache_folder, self.flip = cache_dtype, cache_folder, flip
+        self.cache_dtype, self.flip = cache_dtype, flip
+        self.limits, self.cache = limits or Limits(), cache
         self.validation, self.max_bad_fraction, self.inspect = validation, max_bad_fraction, inspect
         self.bad, self.reported = 0, False
-        self._sources: dict[str, list[Any]] = {}
+        self._sources: dict[str, list[Source]] = {}
 
-    def sources(self, split: str = "train") -> list[Any]:
+    def sources(self, split: str = "train") -> list[Source]:
         """The sources of a split, opened once; for "val" those that have it, else all of "train".
 
         Raises:
@@ -117,14 +122,14 @@ class ShardsData(LightningDataModule):
             found = []
             for folder in self.folders:
                 try:
-                    found.append(ShardSource(folder, split))
+                    found.append(open_source(folder, split, cache=self.cache, **asdict(self.limits)))
                 except FileNotFoundError:
                     if split == "train":
                         raise
             self._sources[split] = found or self.sources()
         return self._sources[split]
 
-    def table(self, sources: Sequence[Any]) -> Buckets:
+    def table(self, sources: Sequence[Source]) -> Buckets:
         """The sizes of batches.
 
         Raises:
@@ -195,6 +200,12 @@ class ShardsData(LightningDataModule):
         samples.latents, samples.text, samples.flip = *self._caches(), self.flip
         return loader(samples, batches, self.num_workers)
 
+    def batches(self) -> Iterator[Batch]:
+        """The global batches of a new run, endlessly, as the loader gives them (pixels as uint8)."""
+        samples = self.samples()
+        for slots in MicroBatches(self.planner(), self.table(samples.sources).sizes):
+            yield samples.__getitems__(slots)
+
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Pixels become numbers in [-1, 1], on the device.
 
@@ -209,7 +220,7 @@ class ShardsData(LightningDataModule):
     def validation_images(self, batch: int = 256) -> Iterator[np.ndarray]:
         """All readable images of the validation split, uint8 (b, H, W, 3) at a time, at one size."""
         samples, images = self.samples("val"), []
-        for slot in self._slots(samples, range(len(samples))):
+        for slot in self.slots(samples, range(len(samples))):
             try:
                 images.append(samples.pixels(slot))
             except BadSample:
@@ -225,7 +236,7 @@ class ShardsData(LightningDataModule):
         samples = self.samples("val")
         order = Stream([Cell(np.arange(len(samples)), Fraction(len(samples)))], self.seed).take(0, len(samples))
         parts = []
-        for slot in self._slots(samples, order.tolist()):
+        for slot in self.slots(samples, order.tolist()):
             part = samples.__getitems__([slot])
             if not part.bad:
                 parts.append(part)
@@ -243,7 +254,7 @@ class ShardsData(LightningDataModule):
             )
         )
 
-    def _slots(self, samples: Samples, order: Sequence[int]) -> list[Slot]:
+    def slots(self, samples: Samples, order: Sequence[int]) -> list[Slot]:
         """Positions 0, 1, ... of a pass over samples, all of the size that is nearest to a square."""
         table = self.table(samples.sources)
         height, width = table.sizes[int(table.nearest(np.ones(1), np.ones(1))[0])]
@@ -263,11 +274,11 @@ class ShardsData(LightningDataModule):
         return latent_jobs(samples, self.table(samples.sources), parents, encoding, self.cache_dtype, self.flip)
 
     def _cache_parent(self, folder: str) -> Path:
-        if self.cache_folder is not None:
-            return Path(self.cache_folder)
+        if self.cache is not None:
+            return Path(self.cache)
         path = Path(folder)
-        if "://" in folder or not (path if path.is_dir() else path.parent).is_dir():
-            raise ValueError(f"data.cache_folder: needed for {folder}, which is no folder of this machine")
+        if "://" in folder:
+            raise ValueError(f"data.cache: a folder is needed to keep latents or features of {folder}")
         return (path if path.is_dir() else path.parent) / "cache"
 
     def _caches(self) -> tuple[LatentCache | None, TextCache | None]:

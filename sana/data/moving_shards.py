@@ -1,4 +1,4 @@
-"""Moving scenes written as WebDataset shards: tars of KEY.mp4 + KEY.json, and KEY.npz of cameras.
+"""Moving scenes written as WebDataset shards: tars of KEY.mp4 + KEY.json, and KEY.camera.npz of cameras.
 
 The bytes of a shard depend on its parameters alone (and on the versions of x264 and FFmpeg). Each shard is written
 under another name and then renamed, so a second call goes on where the first was stopped. ``moving.json`` beside the
@@ -7,11 +7,9 @@ shards holds the parameters.
 
 from __future__ import annotations
 
-import io
 import json
 import multiprocessing
 import os
-import tarfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
@@ -20,7 +18,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import track
 
+from sana.data.caption import Caption
 from sana.data.moving import GENERATOR, check_size, example
+from sana.data.shard_writer import ShardWriter
 from sana.data.video import encode_mp4
 from sana.data.world import write_camera
 
@@ -128,22 +128,20 @@ def _write_all(folder: Path, scenes: MovingSet, shards: list[tuple[str, int, int
 
 
 def _write_shard(folder: Path, scenes: MovingSet, name: str, first: int, last: int) -> None:
-    body = io.BytesIO()
-    with tarfile.open(fileobj=body, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+    with ShardWriter(folder, name, first // scenes.shard_size) as writer:
         for index in range(first, last):
             made = example(scenes.seed, index, scenes.kind, scenes.frames, scenes.fps, scenes.size)
-            key = made.facts["key"]
-            _add(tar, f"{key}.json", json.dumps(made.facts, separators=(",", ":")).encode())
-            _add(tar, f"{key}.mp4", encode_mp4(made.frames, scenes.fps))
+            members = {
+                "json": json.dumps(made.facts, separators=(",", ":")).encode(),
+                "mp4": encode_mp4(made.frames, scenes.fps),
+            }
             if made.camera is not None:
-                _add(tar, f"{key}.npz", write_camera(made.camera))
-    _replace(folder / name, body.getvalue())
-
-
-def _add(tar: tarfile.TarFile, name: str, body: bytes) -> None:
-    member = tarfile.TarInfo(name)  # its time, owner and group are zero
-    member.size, member.mode = len(body), 0o644
-    tar.addfile(member, io.BytesIO(body))
+                members["camera.npz"] = write_camera(made.camera)
+            captions = tuple(Caption(c["source"], c["text"], c["score"]) for c in made.facts["captions"])
+            scores = {"motion": made.facts["motion"]}
+            writer.add(
+                made.facts["key"], members, captions=captions, width=scenes.size, height=scenes.size, scores=scores
+            )
 
 
 def _replace(path: Path, body: bytes) -> None:

@@ -10,6 +10,7 @@ from sana.data.caption import Caption
 REASONS = (
     "bad json",
     "checksum",
+    "corrupt clip",
     "corrupt image",
     "corrupt tar",
     "duplicate key",
@@ -30,6 +31,24 @@ REASONS = (
     "unsafe url",
 )
 """First words of every reason; ": " and a detail may follow."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a sample may have at most; more is refused before it is read or decoded.
+
+    Attributes:
+        max_pixels: width x height of an image as stored.
+        max_bytes: of one member or file.
+        max_members: of one sample.
+        caption_fields: names of JSON fields or columns that hold captions, besides "prompt", "caption", "text",
+            "captions" and those that begin with "caption_".
+    """
+
+    max_pixels: int = 64_000_000
+    max_bytes: int = 256 * 2**20
+    max_members: int = 64
+    caption_fields: tuple[str, ...] = ()
 
 
 class BadSample(Exception):

@@ -14,24 +14,22 @@ def scaled_size(height: int, width: int, to_height: int, to_width: int) -> tuple
     return to_width * height // width, to_width
 
 
-def resize_and_crop(pixels: np.ndarray, height: int, width: int, *, lanczos: bool = False) -> np.ndarray:
+def resize_and_crop(picture: Image.Image, height: int, width: int, *, lanczos: bool = False) -> np.ndarray:
     """Scale an image until it just covers a size, and cut out the middle.
 
     Args:
-        pixels: uint8 (h, w, 3).
+        picture: of mode RGB.
         height, width: of the result, positive.
         lanczos: Lanczos instead of bicubic; both with antialiasing.
 
     Returns:
-        uint8 (height, width, 3); `pixels` itself where it has the size already.
+        uint8 (height, width, 3), perhaps read-only.
     """
-    h, w = pixels.shape[:2]
-    if (h, w) == (height, width):
-        return pixels
+    w, h = picture.size
     scaled_h, scaled_w = scaled_size(h, w, height, width)
-    # torchvision's CenterCrop rounds halves to even.
-    top, left = round((scaled_h - height) / 2), round((scaled_w - width) / 2)
     if (scaled_h, scaled_w) != (h, w):
         resample = Image.Resampling.LANCZOS if lanczos else Image.Resampling.BICUBIC
-        pixels = np.asarray(Image.fromarray(pixels).resize((scaled_w, scaled_h), resample))
-    return np.ascontiguousarray(pixels[top : top + height, left : left + width])
+        picture = picture.resize((scaled_w, scaled_h), resample)
+    # torchvision's CenterCrop rounds halves to even.
+    top, left = round((scaled_h - height) / 2), round((scaled_w - width) / 2)
+    return np.asarray(picture)[top : top + height, left : left + width]

@@ -1,64 +1,35 @@
-"""Sources for tests: real encoded pictures in memory, behind the interface that all sources have."""
+"""Small pictures and tars for the tests of sources, made with Pillow and the standard library alone."""
 
 from __future__ import annotations
 
-import hashlib
 import io
-from collections.abc import Sequence
+import tarfile
+from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from sana.data.caption import Caption
-from sana.data.decode import decode_image
-from sana.data.record import BadSample, Record
+
+def noise(seed: int, height: int = 6, width: int = 9) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
-def encode(pixels: np.ndarray, kind: str = "PNG") -> bytes:
+def encoded(pixels: np.ndarray, kind: str = "PNG", **options: object) -> bytes:
     buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, kind)
+    Image.fromarray(pixels).save(buffer, kind, **options)  # type: ignore[arg-type]
     return buffer.getvalue()
 
 
-class Columns:
-    def __init__(self, **columns: np.ndarray) -> None:
-        self.columns = columns
-
-    def column(self, name: str) -> np.ndarray:
-        return self.columns[name]
+def png(seed: int, height: int = 6, width: int = 9) -> bytes:
+    return encoded(noise(seed, height, width))
 
 
-class Pictures:
-    """`count` noisy pictures of the given sizes in turn, in `shards` shards; every sample has its own colour."""
-
-    def __init__(
-        self, count: int, sizes: Sequence[tuple[int, int]] = ((8, 8),), shards: int = 1, seed: int = 0
-    ) -> None:
-        rng = np.random.default_rng(seed)
-        self.pixels = [rng.integers(0, 256, (*sizes[i % len(sizes)], 3), dtype=np.uint8) for i in range(count)]
-        self.files = [encode(pixels) for pixels in self.pixels]
-        self.shards = shards
-        self.index = Columns(
-            height=np.array([p.shape[0] for p in self.pixels], np.int32),
-            width=np.array([p.shape[1] for p in self.pixels], np.int32),
-        )
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def key(self, i: int) -> str:
-        return f"{i % self.shards:05d}.tar/{i:06d}"
-
-    def record(self, i: int) -> Record:
-        captions = (Caption("short", f"number {i}", 30.0), Caption("long", f"a picture, number {i}", 20.0))
-        height, width = self.pixels[i].shape[:2]
-        return Record(f"{i:06d}", f"{i % self.shards:05d}.tar", captions, width, height)
-
-    def image(self, i: int, size: tuple[int, int] | None = None) -> np.ndarray:
-        try:
-            return decode_image(self.files[i], size=size, max_pixels=10**6)
-        except ValueError as error:
-            raise BadSample(self.record(i).shard, self.record(i).key, str(error)) from None
-
-    def fingerprint(self) -> str:
-        return hashlib.sha256(b"".join(self.files)).hexdigest()
+def make_tar(
+    path: Path, members: Mapping[str, bytes] | list[tuple[str, bytes]], format: int = tarfile.PAX_FORMAT
+) -> None:
+    with tarfile.open(path, "w", format=format) as tar:
+        for name, body in members.items() if isinstance(members, Mapping) else members:
+            info = tarfile.TarInfo(name)
+            info.size = len(body)
+            tar.addfile(info, io.BytesIO(body))

@@ -7,7 +7,8 @@ from itertools import islice
 import numpy as np
 import pytest
 import torch
-from pictures import Pictures
+from memory_source import Pictures
+from PIL import Image
 
 from sana.data.caption import PowerScore, Proportion
 from sana.data.loader import MicroBatches, Samples, Slot, loader, to_float
@@ -59,7 +60,7 @@ def test_values_are_those_of_the_files() -> None:
     assert batch.image is not None
     assert batch.image.dtype == torch.uint8
     for got, pixels in zip(batch.image, expected, strict=True):
-        assert np.array_equal(got.permute(1, 2, 0).numpy(), resize_and_crop(pixels, 8, 10))
+        assert np.array_equal(got.permute(1, 2, 0).numpy(), resize_and_crop(Image.fromarray(pixels), 8, 10))
     assert batch.index.tolist() == [100, 101, 102]
     assert batch.key == ["00000.tar/000001", "00000.tar/000000", "00000.tar/000004"]
     assert batch.weight is not None

@@ -17,9 +17,12 @@ from scipy.ndimage import map_coordinates
 
 from sana.data.caption import PowerScore
 from sana.data.clips import ClipReader, collate_clips, motion_score, with_motion
+from sana.data.formats.open import open_source
 from sana.data.moving import example
 from sana.data.moving_shards import MovingSet, write_moving_shards
+from sana.data.record import BadSample
 from sana.data.room import furnished, look
+from sana.data.source import Source
 from sana.data.video import read_clip
 from sana.data.world import read_camera
 from sana.scenes import COLORS
@@ -28,35 +31,18 @@ from sana.types import Clip, World
 ROOT = Path(__file__).parents[2]
 
 
-class Tar:
-    """The least that `ClipReader` needs: the members of one tar by the standard library."""
-
-    def __init__(self, path: Path) -> None:
-        with tarfile.open(path) as tar:
-            self.members = {m.name: tar.extractfile(m).read() for m in tar.getmembers()}  # type: ignore[union-attr]
-        self.keys = sorted({name.split(".")[0] for name in self.members})
-        self.path = path
-
-    def __len__(self) -> int:
-        return len(self.keys)
-
-    def key(self, i: int) -> str:
-        return f"{self.path.name}/{self.keys[i]}"
-
-    def read(self, i: int, member: str) -> bytes:
-        return self.members[f"{self.keys[i]}.{member}"]
-
-
 @pytest.fixture(scope="module")
-def shapes(tmp_path_factory: pytest.TempPathFactory) -> Tar:
+def shapes(tmp_path_factory: pytest.TempPathFactory) -> Source:
     folder = tmp_path_factory.mktemp("shapes")
-    return Tar(write_moving_shards(folder, MovingSet(6, 3, "shapes"), progress=False)[0])
+    write_moving_shards(folder, MovingSet(6, 3, "shapes"), progress=False)
+    return open_source(folder)
 
 
 @pytest.fixture(scope="module")
-def rooms(tmp_path_factory: pytest.TempPathFactory) -> Tar:
+def rooms(tmp_path_factory: pytest.TempPathFactory) -> Source:
     folder = tmp_path_factory.mktemp("rooms")
-    return Tar(write_moving_shards(folder, MovingSet(6, 5, "room", frames=9, size=96), progress=False)[0])
+    write_moving_shards(folder, MovingSet(6, 5, "room", frames=9, size=96), progress=False)
+    return open_source(folder)
 
 
 def amount(frames: np.ndarray, color: str) -> np.ndarray:
@@ -69,12 +55,12 @@ def amount(frames: np.ndarray, color: str) -> np.ndarray:
     return np.where((along > 0.2) & (off < 60), np.clip(along, 0, 1), 0)
 
 
-def test_exact_motion_is_found_again(shapes: Tar) -> None:
+def test_exact_motion_is_found_again(shapes: Source) -> None:
     """Centres of mass of lone shapes in the decoded mp4, against the tracks; the steps between frames too."""
     checked = 0
     for i in range(len(shapes)):
-        facts = json.loads(shapes.read(i, "json"))
-        video = read_clip(shapes.read(i, "mp4"), facts["frames"])
+        facts = json.loads(shapes.read(i, "meta"))
+        video = read_clip(shapes.read(i, "clip"), facts["frames"])
         for thing in facts["objects"]:
             weight = amount(video.frames, thing["color"])
             if thing["shape"] in ("triangle", "star") or len(facts["objects"]) > 1:
@@ -107,7 +93,7 @@ def test_tracks_stay_inside_and_apart(seed: int) -> None:
         np.testing.assert_array_equal(made.frames, example(seed, index).frames)
 
 
-def test_half_the_rate_takes_the_tracks_along(shapes: Tar) -> None:
+def test_half_the_rate_takes_the_tracks_along(shapes: Source) -> None:
     reader = ClipReader(shapes, frames=5, fps=8.0, seed=1)
     starts = set()
     for position in range(12):
@@ -120,13 +106,13 @@ def test_half_the_rate_takes_the_tracks_along(shapes: Tar) -> None:
     assert len(starts) > 2
 
 
-def test_lamps_stand_where_the_cameras_say(rooms: Tar) -> None:
+def test_lamps_stand_where_the_cameras_say(rooms: Source) -> None:
     """A lamp's pixels in the decoded frames against the projection of its centre, by hand in float64."""
     checked = 0
     for i in range(len(rooms)):
-        facts = json.loads(rooms.read(i, "json"))
-        video = read_clip(rooms.read(i, "mp4"), facts["frames"])
-        camera = read_camera(rooms.read(i, "npz"), facts["frames"])
+        facts = json.loads(rooms.read(i, "meta"))
+        video = read_clip(rooms.read(i, "clip"), facts["frames"])
+        camera = read_camera(rooms.read(i, "camera"), facts["frames"])
         for lamp in facts["objects"]:
             for k in range(facts["frames"]):
                 near = np.linalg.norm(video.frames[k].astype(float) - COLORS[lamp["color"]], axis=-1) < 70
@@ -175,7 +161,7 @@ def test_frames_agree_by_depth_and_camera(index: int) -> None:
     assert np.mean(np.abs(warped - picture)[inside]) < 0.6 * np.mean(np.abs(first - picture)[inside]) + 1.0
 
 
-def test_batches(rooms: Tar, shapes: Tar) -> None:
+def test_batches(rooms: Source, shapes: Source) -> None:
     reader = ClipReader(rooms, frames=5, size=(48, 64), camera=True, seed=2)
     samples = [reader.read(i, 100 + i) for i in range(3)]
     batch = collate_clips(samples, PowerScore(), seed=2, first_frame=0.5)
@@ -186,7 +172,7 @@ def test_batches(rooms: Tar, shapes: Tar) -> None:
     assert batch.pose.shape == (3, 5, 4, 4)
     assert batch.pose.dtype == torch.float64
     torch.testing.assert_close(batch.pose[:, 0], torch.eye(4, dtype=torch.float64).expand(3, 4, 4), rtol=0, atol=0)
-    whole = read_camera(rooms.read(0, "npz"), 9)
+    whole = read_camera(rooms.read(0, "camera"), 9)
     scale = 64 / 96  # the sides of the source are 96, its height is cropped to 72
     torch.testing.assert_close(
         batch.intrinsics[0, 0, :2, 2],
@@ -196,12 +182,12 @@ def test_batches(rooms: Tar, shapes: Tar) -> None:
     assert batch.key[0] == "train-000000.tar/00000000"
     plain = collate_clips([ClipReader(shapes, frames=9).read(0, 4)], PowerScore(), tell_motion=True)
     assert type(plain) is Clip
-    motion = json.loads(shapes.read(0, "json"))["motion"]
+    motion = json.loads(shapes.read(0, "meta"))["motion"]
     assert plain.motion.tolist() == pytest.approx([motion])
     assert plain.caption[0].endswith(f" motion score: {int(motion)}.")
     coins = collate_clips([reader.read(0, p) for p in range(40)], PowerScore(), seed=2, first_frame=0.5).first_frame
     assert 8 < int(coins.sum()) < 32
-    with pytest.raises(ValueError, match=r"train-000000.tar/00000000: 9 frames, 10 asked"):
+    with pytest.raises(BadSample, match=r"train-000000.tar/00000000: corrupt clip: 9 frames, 10 asked"):
         ClipReader(rooms, frames=10).read(0, 0)
 
 
@@ -212,8 +198,8 @@ def test_motion_scores() -> None:
     assert with_motion("a cat", 7.9) == "a cat motion score: 7."
 
 
-def test_filters(shapes: Tar) -> None:
-    scores = [json.loads(shapes.read(i, "json"))["motion"] for i in range(len(shapes))]
+def test_filters(shapes: Source) -> None:
+    scores = [json.loads(shapes.read(i, "meta"))["motion"] for i in range(len(shapes))]
     middle = float(np.median(scores))
     reader = ClipReader(shapes, frames=17, least_motion=middle)
     assert [reader.wanted(i) for i in range(len(shapes))] == [score >= middle for score in scores]
@@ -246,7 +232,7 @@ def test_command(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "3 clips in 1 shards" in done.stdout
     with tarfile.open(tmp_path / "m" / "train-000000.tar") as tar:
-        assert tar.getnames()[:3] == ["00000000.json", "00000000.mp4", "00000000.npz"]
+        assert tar.getnames()[:3] == ["00000000.json", "00000000.mp4", "00000000.camera.npz"]
         data = tar.extractfile("00000001.mp4").read()  # type: ignore[union-attr]
     assert io.BytesIO(data).read(8)[4:] == b"ftyp"
     done = subprocess.run([*command, "--size", "33"], cwd=ROOT, capture_output=True, text=True)
