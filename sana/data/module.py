@@ -42,7 +42,7 @@ class ShardsData(LightningDataModule):
         resampled: draw with replacement instead of each sample once per epoch.
         limits: what a sample may have at most, before it is read; None: those of `Limits`.
         cache: folder that keeps what was fetched or computed: whole shards of data that lie at an address, latents and
-            features of captions. None: only byte ranges are fetched, and what is computed lies in "cache" beside the data.
+            features of captions. None: only byte ranges are fetched; what is computed lies in "cache" beside the data.
         caption: how one caption of several is chosen.
         accumulate: micro-batches per update; each has ``batch_size / world / accumulate`` samples.
         cache_latents: train on latents that are kept in shards beside the images (`sana.data.cache`): true encodes

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from pictures import Columns, Pictures
+from memory_source import Columns, Pictures
 from torch import Tensor
 
 from sana.data.bucket import Buckets

@@ -14,7 +14,7 @@ from sana.data.caption import PowerScore, Proportion
 from sana.data.loader import MicroBatches, Samples, Slot, loader, to_float
 from sana.data.planner import plan
 from sana.data.transform import resize_and_crop
-from sana.types import Bad, Batch
+from sana.types import Batch
 
 CHOICE = Proportion({"short": 1.0, "long": 1.0})
 
