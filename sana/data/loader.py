@@ -144,18 +144,16 @@ class Samples(Dataset[Batch]):
         keys, bad = [], []
         for slot, u in zip(slots, draws, strict=True):
             source, i = self.locate(slot.sample)
-            key, array, caption = "", None, Caption("", "")
+            array, caption = None, Caption("", "")
             try:
-                record = source.record(i)
-                key = f"{record.shard}/{record.key}"
-                caption = self.caption(record, u)
+                caption = self.caption(source.record(i), u)
                 array = self.pixels(slot) if self.latents is None else self.latent(slot)
             except BadSample as error:
-                key, caption = f"{error.shard}/{error.key}", Caption("", "")
+                caption = Caption("", "")
                 bad.append(Bad(error.shard, error.key, error.reason))
             arrays.append(array)
             captions.append(caption)
-            keys.append(key)
+            keys.append(source.key(i))
         good = [k for k, array in enumerate(arrays) if array is not None]
         places = [k if arrays[k] is not None else _next(good, k) for k in range(len(slots))]
         values = self._stack([None if k is None else arrays[k] for k in places], slots[0])
@@ -211,7 +209,7 @@ def loader(samples: Samples, batches: MicroBatches, workers: int = 0) -> DataLoa
         samples,
         batch_sampler=batches,  # type: ignore[arg-type]
         num_workers=workers,
-        collate_fn=_whole,
+        collate_fn=_whole,  # type: ignore[arg-type]
         persistent_workers=workers > 0,
         pin_memory=torch.cuda.is_available(),
     )
