@@ -24,6 +24,7 @@ class TooManyBadSamples(RuntimeError):
 class BadSamples(Callback):
     """Writes ``bad_samples.jsonl`` (update, shard, key, reason), counts, and stops a run on data that is mostly broken.
 
+    What was found when the data were indexed stands there with update 0, the others with the update that lacked them.
     All ranks decide at the same update, on the counts of all. The part that is compared with `data.max_bad_fraction`
     is that of the samples of this run so far; until there were `ENOUGH`, only what would be too many of so many
     stops it. The shares of the captions' sources go into the metrics as ``data/caption/<source>``.
@@ -39,6 +40,7 @@ class BadSamples(Callback):
         self._waiting: list[tuple[int, Bad]] = []
         self._seen = 0  # samples of this rank since the last exchange
         self._total = self._bad = 0  # of all ranks
+        self._indexed = 0  # bad samples that were found when the data were indexed
         self._captions: Counter[str] = Counter()
         self._exchanged = -1
 
@@ -46,6 +48,21 @@ class BadSamples(Callback):
         """Tell the data that bad samples are taken care of."""
         if hasattr(trainer.datamodule, "reported"):  # type: ignore[attr-defined]
             trainer.datamodule.reported = True  # type: ignore[attr-defined]
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Report what was found unfit when the data were indexed.
+
+        Raises:
+            TooManyBadSamples: that is too much already.
+        """
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        if not hasattr(data, "sources"):
+            return
+        sources = data.sources()
+        found = [Bad(entry.shard, entry.key, entry.reason) for source in sources for entry in source.bad]
+        self._indexed = data.bad = len(found)
+        self._write(trainer, [(0, bad) for bad in found])
+        self._judge(trainer, data, self._indexed, self._indexed + sum(map(len, sources)), found)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Count; exchange when due."""
@@ -57,7 +74,7 @@ class BadSamples(Callback):
         self._captions.update(source for source in batch.source if source)
         if trainer.world_size == 1 or (step % self.every == 0 and step != self._exchanged):
             self._exchange(trainer, step)
-        pl_module.report["data/bad"] = float(self._bad)
+        pl_module.report["data/bad"] = float(self._indexed + self._bad)
         captions = self._captions.total()
         for source, count in self._captions.items():
             pl_module.report[f"data/caption/{source}"] = count / captions
@@ -83,19 +100,29 @@ class BadSamples(Callback):
                 dist.all_gather_object(found, self._waiting)
         bad, seen = counts.tolist()
         self._bad, self._total = self._bad + bad, self._total + seen
-        path = Path(trainer.default_root_dir) / "bad_samples.jsonl"
-        if bad and trainer.is_global_zero:
-            with open(path, "a", encoding="utf-8") as file:
-                for update, entry in sorted(item for part in found for item in part):
-                    file.write(json.dumps({"update": update, **entry._asdict()}, ensure_ascii=False) + "\n")
+        entries = sorted(item for part in found for item in part)
+        self._write(trainer, entries)
         self._waiting, self._seen = [], 0
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        data.bad = self._bad
+        data.bad = self._indexed + self._bad
+        of = self._total if last else max(self._total, ENOUGH)
+        self._judge(trainer, data, self._bad, of, [bad for _, bad in entries])
+
+    def _write(self, trainer: Trainer, entries: list[tuple[int, Bad]]) -> None:
+        if entries and trainer.is_global_zero:
+            with open(_report(trainer), "a", encoding="utf-8") as file:
+                for update, bad in entries:
+                    file.write(json.dumps({"update": update, **bad._asdict()}, ensure_ascii=False) + "\n")
+
+    def _judge(self, trainer: Trainer, data: Any, bad: int, of: int, newest: list[Bad]) -> None:
         limit = data.max_bad_fraction
-        if self._bad > limit * (self._total if last else max(self._total, ENOUGH)):
-            first = next((item for part in found for item in part), None)
-            example = f", the last: {first[1].shard}/{first[1].key}: {first[1].reason}" if first else ""
+        if bad > limit * of:
+            example = f"; such as {newest[0].shard}/{newest[0].key}: {newest[0].reason}" if newest else ""
             raise TooManyBadSamples(
-                f"{self._bad} of {self._total} samples cannot be read, more than data.max_bad_fraction={limit:g} "
-                f"allows; all are in {path}{example}"
+                f"{bad} bad samples, more than data.max_bad_fraction={limit:g} of {of} allows; all are in "
+                f"{_report(trainer)}{example}"
             )
+
+
+def _report(trainer: Trainer) -> Path:
+    return Path(trainer.default_root_dir) / "bad_samples.jsonl"

@@ -28,7 +28,7 @@ from sana.data.caption import Caption
 VERSION = 1
 """Of the file format; an index of another version is refused."""
 
-_CAPTION = pa.struct([("source", pa.large_string()), ("text", pa.large_string()), ("score", pa.float32())])
+_CAPTION = pa.struct([("source", pa.large_string()), ("text", pa.large_string()), ("score", pa.float64())])
 _FIXED: dict[str, pa.DataType] = {
     "key": pa.large_string(),
     "shard": pa.int32(),
@@ -105,7 +105,7 @@ def _captions_array(rows: list[Entry]) -> pa.Array:
         [
             pa.array([caption.source for caption in flat], pa.large_string()),
             pa.array([caption.text for caption in flat], pa.large_string()),
-            pa.array(np.asarray(scores, np.float32)),
+            pa.array(np.asarray(scores, np.float64)),
         ],
         fields=list(_CAPTION),
     )
@@ -202,8 +202,8 @@ class Index:
         return self._batch.num_rows
 
     def __reduce__(self) -> tuple[Any, ...]:
-        source = self._source.to_pybytes() if isinstance(self._source, pa.Buffer) else self._source
-        return Index, (source,)
+        source = self._source
+        return Index, (source if isinstance(source, str | Path | bytes) else source.to_pybytes(),)
 
     @property
     def names(self) -> list[str]:
@@ -270,16 +270,16 @@ class Index:
             yield name.encode()
             if name == "captions":
                 # The offsets are those of slices that begin at 0: the file holds one batch.
-                yield memoryview(np.ascontiguousarray(self._caption_ends))
+                yield np.ascontiguousarray(self._caption_ends).data
                 for strings in (self._caption_source, self._caption_text):
                     yield from strings.parts()
-                yield memoryview(np.ascontiguousarray(self._caption_score))
+                yield np.ascontiguousarray(self._caption_score).data
             elif name == "key":
                 yield from self._keys.parts()
             elif name in _TEXT:
                 yield from self._texts[name].parts()
             else:
-                yield memoryview(np.ascontiguousarray(self.column(name)))
+                yield np.ascontiguousarray(self.column(name)).data
 
 
 class _Strings:
@@ -294,7 +294,7 @@ class _Strings:
         return str(self.data[self.ends[i] : self.ends[i + 1]], "utf-8")
 
     def parts(self) -> Iterator[memoryview]:
-        yield memoryview(self.ends)
+        yield np.ascontiguousarray(self.ends).data
         yield self.data[int(self.ends[0]) : int(self.ends[-1])]
 
 

@@ -136,15 +136,12 @@ class Samples(Dataset[Batch]):
             source, i = self.locate(slot.sample)
             caption = Caption("", "")
             try:
-                record = source.record(i)
-                keys.append(f"{record.shard}/{record.key}")
-                caption = self.caption(record, u)
+                caption = self.caption(source.record(i), u)
             except BadSample as error:
                 bad[k] = Bad(error.shard, error.key, error.reason)
-                del keys[k:]
-                keys.append(f"{error.shard}/{error.key}")
             captions.append(caption)
-        values = self._images(slots, index, bad) if self.latents is None else self._latents(slots, index, keys, bad)
+            keys.append(source.key(i))
+        values = self._images(slots, index, bad) if self.latents is None else self._latents(slots, index, bad)
         good = [k for k in range(len(slots)) if k not in bad]
         places = [k if k not in bad else _next(good, k) for k in range(len(slots))]
         if bad and good:
@@ -189,15 +186,17 @@ class Samples(Dataset[Batch]):
                 bad[k] = Bad(error.shard, error.key, error.reason)
         return torch.from_numpy(values).permute(0, 3, 1, 2)
 
-    def _latents(self, slots: list[Slot], index: Tensor, keys: list[str], bad: dict[int, Bad]) -> Tensor:
+    def _latents(self, slots: list[Slot], index: Tensor, bad: dict[int, Bad]) -> Tensor:
         """(b, c, h, w) from the cache; as `_images`."""
         assert self.latents is not None
         flipped = self._mirrored(slots, index) if self.latents.both else None
         size = (slots[0].height, slots[0].width)
         values, reasons = self.latents.read([slot.sample for slot in slots], flipped, size=size)
         for k, reason in reasons.items():
-            shard, _, key = keys[k].rpartition("/")
-            bad.setdefault(k, Bad(shard, key, reason))
+            if k not in bad:
+                source, i = self.locate(slots[k].sample)
+                record = source.record(i)
+                bad[k] = Bad(record.shard, record.key, reason)
         return values
 
     def _mirrored(self, slots: list[Slot], index: Tensor) -> list[bool]:
@@ -245,7 +244,7 @@ def loader(samples: Samples, batches: MicroBatches, workers: int = 0) -> DataLoa
         samples,
         batch_sampler=batches,  # type: ignore[arg-type]
         num_workers=workers,
-        collate_fn=_whole,
+        collate_fn=_whole,  # type: ignore[arg-type]
         persistent_workers=workers > 0,
         pin_memory=torch.cuda.is_available(),
     )

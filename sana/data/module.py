@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from fractions import Fraction
@@ -170,7 +171,8 @@ class ShardsData(LightningDataModule):
         return Samples(sources, self.choice, self.seed, lanczos=self.table(sources).lanczos)
 
     def prepare_data(self) -> None:
-        """Check the data on one process, and encode latents if asked."""
+        """Index the data on one process, and encode latents if asked."""
+        self.sources("val")
         self.sources()
         self._caches()
 
@@ -188,10 +190,20 @@ class ShardsData(LightningDataModule):
             raise ValueError(
                 f"batch_size {self.batch_size} over {world} ranks and accumulate {self.accumulate} does not divide"
             )
+        recipe, planner = trainer.lightning_module, self.planner()
+        sizes = [self.table(self.sources()).sizes[bucket] for bucket in planner.streams]
+        _check_multiples(sizes, recipe)
+        seen = int(getattr(recipe, "samples_seen", 0))
+        if planner.start(seen) != seen:
+            warnings.warn(
+                f"{seen} samples were seen, which is within a batch of {self.batch_size}: the batch size has changed, "
+                "so with buckets some samples of this epoch come again and others do not",
+                stacklevel=2,
+            )
         batches = MicroBatches(
-            self.planner(),
+            planner,
             self.table(self.sources()).sizes,
-            int(getattr(trainer.lightning_module, "samples_seen", 0)),
+            seen,
             trainer.global_rank,
             world,
             micro=self.batch_size // world // self.accumulate,
@@ -297,6 +309,20 @@ class ShardsData(LightningDataModule):
                 folders = [job.complete() for job in jobs]
             found[kind] = LatentCache(*folders) if kind == "latents" else TextCache(*folders)
         return found["latents"], found["text"]
+
+
+def _check_multiples(sizes: Sequence[tuple[int, int]], recipe: Any) -> None:
+    """Refuse sizes that the recipe's autoencoder and network would cut.
+
+    Raises:
+        ValueError: with the first such size.
+    """
+    frozen = getattr(recipe, "frozen", ())
+    autoencoder = frozen.autoencoder if "autoencoder" in frozen else None  # type: ignore[union-attr]
+    step = int(getattr(autoencoder, "ratio", 1)) * int(getattr(getattr(recipe, "network", None), "patch", 1))
+    for height, width in sizes:
+        if height % step or width % step:
+            raise ValueError(f"data: images of {height}x{width} pixels, expected sides that are multiples of {step}")
 
 
 def _in_range(batch: Batch) -> Batch:

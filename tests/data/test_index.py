@@ -18,7 +18,7 @@ ENTRIES = [
     Entry(
         "a",
         0,
-        (Caption("prompt", "ein Fuß"), Caption("vlm", "a foot, 脚", 31.5)),
+        (Caption("prompt", "ein Fuß"), Caption("vlm", "a foot, 脚", 26.15)),
         640,
         480,
         {"clip": 28.0},

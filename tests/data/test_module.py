@@ -141,11 +141,24 @@ def test_bad_samples_are_reported_and_the_run_goes_on(tmp_path: Path) -> None:
 
 def test_too_many_bad_samples_stop_the_run_with_the_report(tmp_path: Path) -> None:
     folder = str(spoil(Pictures(40), list(range(0, 40, 4))).write(tmp_path / "shards", 3))
-    with pytest.raises(TooManyBadSamples, match=r"samples cannot be read, more than data.max_bad_fraction=0.1"):
+    with pytest.raises(TooManyBadSamples, match=r"bad samples, more than data.max_bad_fraction=0.1 of \d+ allows"):
         fit(ShardsData(folder, 8, CHOICE, size=8, max_bad_fraction=0.1), tmp_path / "run", 1000)
     assert 50 < len((tmp_path / "run" / "bad_samples.jsonl").read_text().splitlines()) < 60
-    with pytest.raises(TooManyBadSamples, match="10 of 40 samples"):
+    with pytest.raises(TooManyBadSamples, match="10 bad samples, more than data.max_bad_fraction=0.1 of 40"):
         fit(ShardsData(folder, 8, CHOICE, size=8, max_bad_fraction=0.1), tmp_path / "short", 5)
+
+
+def test_what_indexing_found_is_reported_first(tmp_path: Path) -> None:
+    folder = Pictures(40).write(tmp_path / "shards", 2)
+    tar = folder / "train-00001.tar"
+    tar.write_bytes(tar.read_bytes()[: tar.stat().st_size // 2])
+    recipe = fit(ShardsData(str(folder), 4, CHOICE, size=8, max_bad_fraction=0.1), tmp_path / "run", 6)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "bad_samples.jsonl").read_text().splitlines()]
+    assert {(line["update"], line["shard"]) for line in lines} == {(0, "train-00001.tar")}
+    assert len(recipe.seen) == len(set(recipe.seen)) == 24
+    with pytest.raises(TooManyBadSamples, match=f"{len(lines)} bad samples"):
+        fit(ShardsData(str(folder), 4, CHOICE, size=8, max_bad_fraction=0.01), tmp_path / "stopped", 6)
+    assert (tmp_path / "stopped" / "bad_samples.jsonl").exists()
 
 
 def test_without_a_report_a_bad_sample_is_an_error() -> None:

@@ -17,6 +17,7 @@ import pytest
 from PIL import Image
 
 from sana.data import scene_shards
+from sana.data.formats.open import open_source
 from sana.data.scene_shards import encode_png, write_scene_shards
 from sana.data.synthetic import GENERATOR, example
 from sana.scenes import HELD_OUT, combinations
@@ -195,3 +196,21 @@ def test_speed(tmp_path: Path) -> None:
     began = time.process_time()
     write(tmp_path, 600, seed=0, workers=1, progress=False)
     assert 600 / (time.process_time() - began) > 500
+
+
+def test_index_is_that_of_a_source(written: Path, tmp_path: Path) -> None:
+    source = open_source(written)
+    assert source.index.facts["kind"] == "own"
+    assert len(source) == 70
+    for i in (0, 30, 69):
+        image, facts = example(4, i)
+        np.testing.assert_array_equal(source.image(i), image)
+        record = source.record(i)
+        assert record.meta == facts
+        assert [c._asdict() for c in record.captions] == facts["captions"]
+        assert (record.width, record.height, record.key) == (64, 64, facts["key"])
+    for path in [*written.glob("*.tar"), written / "index.json"]:
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    write(tmp_path, 70, seed=4, shard_size=30, workers=1, progress=False)  # shards without an index get one
+    name = "train.index.arrow"
+    assert (tmp_path / name).read_bytes() == (written / name).read_bytes()

@@ -71,5 +71,5 @@ def test_two_processes_report_together(tmp_path: Path) -> None:
     assert sorted(line["key"] for line in report) == ["3", "8"]
     done = train("trainer.max_steps=3", "data.max_bad_fraction=0.1", f"run.dir={tmp_path / 'stopped'}")
     assert done.returncode != 0
-    assert "2 of 12 samples cannot be read, more than data.max_bad_fraction=0.1" in done.stderr
+    assert "2 bad samples, more than data.max_bad_fraction=0.1 of 12" in done.stderr
     assert json.loads((tmp_path / "stopped" / "status.json").read_text())["status"] == "failed"
