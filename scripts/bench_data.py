@@ -1,8 +1,8 @@
 """Loading speed against webdataset, litdata and mosaicml-streaming: ``python scripts/bench_data.py --json out.json``.
 
-Makes its pictures, shards and caches, and an environment for the other loaders through uv, all below --folder, and keeps
-them for the next call. Every figure is the median of several rounds in which the sides take turns, each in a process of
-its own; the machine should do nothing else. About 15 minutes on two cores.
+Makes its pictures, shards and caches, and an environment for the other loaders through uv, all below --folder, and
+keeps them for the next call. Every figure is the median of several rounds in which the sides take turns, each in
+a process of its own; the machine should do nothing else. About 15 minutes on two cores.
 """
 
 from __future__ import annotations
@@ -235,7 +235,7 @@ def bench(options: argparse.Namespace) -> dict[str, Any]:
             (small / made / "done").touch()
     result: dict[str, Any] = {"cores": os.cpu_count(), "samples": options.samples, "rounds": options.rounds}
     times = {"seconds": options.seconds}
-    sides = {"ours": (small, here), **{peer: (small, theirs) for peer in wanted}}
+    sides = {"ours": (small, here), **dict.fromkeys(wanted, (small, theirs))}
     two = medians(sides, options.rounds, workers=2, **times)
     result["samples_per_s"] = two
     for peer in wanted:

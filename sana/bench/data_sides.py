@@ -1,9 +1,9 @@
 """Loaders side by side: ours and those of other projects, over the same pictures, with the same work per sample.
 
-Every side yields batches of (uint8 pixels (b, 3, s, s), captions): JPEG decoded, scaled and cut, one of the captions chosen
-by score. A side imports its library only when it is asked for, and of this project only what needs nothing but numpy and
-Pillow, so that it runs in an environment of its own: ``python -m sana.bench.data_sides NAME FOLDER ...`` prints one line of
-JSON.
+Every side yields batches of (uint8 pixels (b, 3, s, s), captions): JPEG decoded, scaled and cut, one of the captions
+chosen by score. A side imports its library only when it is asked for, and of this project only what needs nothing but
+numpy and Pillow, so that it runs in an environment of its own: ``python -m sana.bench.data_sides NAME FOLDER ...``
+prints one line of JSON.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ Batches = Iterator[Any]
 def one(image: bytes, meta: bytes, size: int) -> tuple[np.ndarray, str]:
     """The work on one sample, as anybody would write it: pixels (size, size, 3) and a caption."""
     with Image.open(io.BytesIO(image)) as picture:
-        pixels = resize_and_crop(np.asarray(picture.convert("RGB")), size, size)
+        pixels = resize_and_crop(picture.convert("RGB"), size, size)
     captions = [Caption(c["source"], c["text"], c["score"]) for c in json.loads(meta)["captions"]]
     return pixels, CHOICE(captions, random.random()).text
 
@@ -91,14 +92,13 @@ def latents(folder: Path, size: int, batch: int, workers: int) -> Batches:
 
 def webdataset(folder: Path, size: int, batch: int, workers: int) -> Batches:
     """webdataset, shuffled as its documentation shows, skipping what cannot be read."""
-    import webdataset as wds
-
+    wds: Any = import_module("webdataset")
     shards = [str(path) for path in sorted(folder.glob("train-*.tar"))]
     data = (
         wds.WebDataset(shards, resampled=True, shardshuffle=False, handler=wds.warn_and_continue)
         .shuffle(1000)
         .to_tuple("jpg", "json")
-        .map(lambda sample: one(*sample, size), handler=wds.warn_and_continue)
+        .map(lambda sample: one(sample[0], sample[1], size), handler=wds.warn_and_continue)
         .batched(batch, collation_fn=join, partial=False)
     )
     yield from wds.WebLoader(data, batch_size=None, num_workers=workers, persistent_workers=workers > 0)
@@ -106,7 +106,7 @@ def webdataset(folder: Path, size: int, batch: int, workers: int) -> Batches:
 
 def litdata(folder: Path, size: int, batch: int, workers: int) -> Batches:
     """litdata over chunks of the same files; `write_litdata` makes them."""
-    import litdata as ld
+    ld: Any = import_module("litdata")
 
     class Data(ld.StreamingDataset):
         def __getitem__(self, index: Any) -> Any:
@@ -123,9 +123,9 @@ def litdata(folder: Path, size: int, batch: int, workers: int) -> Batches:
 
 def streaming(folder: Path, size: int, batch: int, workers: int) -> Batches:
     """mosaicml-streaming over MDS shards of the same files; `write_streaming` makes them."""
-    from streaming import StreamingDataset
+    library: Any = import_module("streaming")
 
-    class Data(StreamingDataset):
+    class Data(library.StreamingDataset):
         def __getitem__(self, index: Any) -> Any:
             sample = super().__getitem__(index)
             return one(sample["jpg"], sample["json"], size)
@@ -157,17 +157,15 @@ def _same(sample: Any) -> Any:
 
 def write_litdata(folder: Path) -> None:
     """The files of the shards as chunks for litdata, 64 MB each as it suggests."""
-    import litdata as ld
-
+    ld: Any = import_module("litdata")
     samples = list(_files(folder))
     ld.optimize(fn=_same, inputs=samples, output_dir=str(folder / "litdata"), chunk_bytes="64MB", num_workers=1)
 
 
 def write_streaming(folder: Path) -> None:
     """The files of the shards as MDS for mosaicml-streaming."""
-    from streaming import MDSWriter
-
-    with MDSWriter(out=str(folder / "mds"), columns={"jpg": "bytes", "json": "bytes"}) as writer:
+    library: Any = import_module("streaming")
+    with library.MDSWriter(out=str(folder / "mds"), columns={"jpg": "bytes", "json": "bytes"}) as writer:
         for image, meta in _files(folder):
             writer.write({"jpg": image, "json": meta})
 
