@@ -18,9 +18,12 @@ def train(composed: Composed) -> int:
 
     from sana.run.begin import begin
     from sana.run.build import build, build_all
+    from sana.run.inspect import inspect
     from sana.run.runs import find_checkpoint
 
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    if composed.config.data.get("inspect"):
+        return inspect(build(composed.config.data, "data"), composed.config.run.folder)
     config, record = begin(composed)
     with record:
         seed_everything(config.seed, verbose=False)

@@ -14,10 +14,10 @@ Conventions, stated once and used everywhere:
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
-from torch import Tensor
+from torch import Tensor, device
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
 """``v = velocity(x, t)`` with x (b, ...), t (b,) in [0, 1] and v like x. What a sampler integrates."""
@@ -119,17 +119,34 @@ class Context:
     vectors: Tensor | None = None
 
 
+class Bad(NamedTuple):
+    """A sample that could not be used: its shard, its name there, and why."""
+
+    shard: str
+    key: str
+    reason: str
+
+
 @dataclass
 class Batch:
     """One training batch, as the data module yields it.
 
+    A sample that cannot be read keeps its position and name; in its place stands another one of the batch, at weight 0.
+    So neither shapes nor the order of the others depend on it.
+
     Attributes:
-        image: (b, 3, H, W) float in [-1, 1], or None when latents are cached.
+        image: (b, 3, H, W) float in [-1, 1], or None when latents are cached. On its way from the loader to the device
+            it is uint8 in [0, 255], a quarter of the bytes.
         latent: (b, c, h, w) float, already scaled, or None.
         caption: one prompt per sample, after caption choice; "" where it was dropped.
         index: (b,) int64, the position of each sample in the global stream of the run (it grows over epochs and
             never depends on ranks or workers): the key of all randomness that concerns the sample.
         key: the sample's name in its shard, for messages.
+        weight: (b,) float, the factor of each sample's loss: 1, or 0 where the sample is bad. None: all 1.
+        bad: the samples of this batch that could not be used.
+        source: who wrote each caption; "" where the sample is bad.
+        text: (b, l, c) features of the captions where they are cached, zero beyond each caption's tokens, else None.
+        text_mask: (b, l) bool, True on the caption's tokens, with `text`.
     """
 
     image: Tensor | None
@@ -137,3 +154,64 @@ class Batch:
     caption: list[str]
     index: Tensor
     key: list[str]
+    weight: Tensor | None = None
+    bad: list[Bad] = field(default_factory=list)
+    source: list[str] = field(default_factory=list)
+    text: Tensor | None = None
+    text_mask: Tensor | None = None
+
+    def pin_memory(self) -> Batch:
+        """Move the tensors to page-locked memory, for faster copies to a GPU; the loader calls it."""
+        return self._with(lambda tensor: tensor.pin_memory())
+
+    def to(self, device: device) -> Batch:
+        """The batch with its tensors on a device."""
+        return self._with(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def _with(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        names = ("image", "latent", "index", "weight", "text", "text_mask")
+        tensors = {name: getattr(self, name) for name in names}
+        return replace(self, **{name: None if t is None else change(t) for name, t in tensors.items()})
+
+
+@dataclass
+class Clip:
+    """One training batch of video clips: uniformly spaced frames of each source video.
+
+    Attributes:
+        video: (b, 3, f, H, W) float in [-1, 1], or None when latents are cached.
+        latent: (b, c, f, h, w) float, already scaled, or None.
+        caption: one prompt per clip, after caption choice.
+        fps: (b,) float32, frames per second at which `video` is to be played.
+        motion: (b,) float32, motion score of the source video as its shards give it (of the whole video: mean optical
+            flow, for instance); NaN where there is none.
+        first_frame: (b,) bool, True where the first frame is given clean and the clip trains image-to-video.
+        index: (b,) int64, position of each sample in the global stream of the run, as in `Batch`.
+        key: the sample's shard and name, for messages.
+    """
+
+    video: Tensor | None
+    latent: Tensor | None
+    caption: list[str]
+    fps: Tensor
+    motion: Tensor
+    first_frame: Tensor
+    index: Tensor
+    key: list[str]
+
+
+@dataclass
+class World(Clip):
+    """Clips with the camera of every frame: what world models are trained on.
+
+    The camera looks along +z, x points right and y down in the image (OpenCV). A point X of the world is seen at
+    pixel ``K (R^T (X - o))`` where ``pose = [R o; 0 1]``; the centre of the first pixel is at (0.5, 0.5).
+
+    Attributes:
+        pose: (b, f, 4, 4) float64 camera to world, relative to the first frame (whose pose is the identity), in the
+            units of the source, metres where it is metric.
+        intrinsics: (b, f, 3, 3) float64, K of each frame in pixels of `video` as it is here: resized and cropped.
+    """
+
+    pose: Tensor
+    intrinsics: Tensor

@@ -70,6 +70,8 @@ class TrainProgress(ProgressBar):
         loss = pl_module.report.get("train/loss")
         numbers = f"{rate:.0f} samples/s" + (f", loss {float(loss):.4f}" if loss is not None else "")
         numbers += self._split(pl_module, step)
+        bad = getattr(getattr(trainer, "datamodule", None), "bad", 0)
+        numbers += f", {bad} bad samples" if bad else ""
         if self._progress:
             self._progress.update(self._task, completed=step, numbers=numbers)
         else:

@@ -1,202 +1,381 @@
-"""LightningDataModules: shards in, `Batch`es out, in an order that is a function of (seed, position)."""
+"""LightningDataModules: sources in, `Batch`es out, in an order that is a function of (seed, position)."""
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Iterator, Mapping
-from functools import partial
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from lightning import LightningDataModule
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
-from sana.data import latents as latent_cache
-from sana.data.caption import Caption, PowerScore, Proportion, SoftmaxScore
-from sana.data.latents import to_tensor
-from sana.data.order import Order, PositionBatches
+from sana.data.bucket import Buckets, square
+from sana.data.cache import DTYPES, FLIPS, LatentCache, TextCache, find_cache
+from sana.data.caching import Encoding, Job, latent_jobs, text_jobs
+from sana.data.caption import PowerScore, Proportion, SoftmaxScore
+from sana.data.formats.open import open_source
+from sana.data.loader import MicroBatches, Samples, Slot, loader, to_float
+from sana.data.planner import Planner, plan
+from sana.data.record import BadSample, Limits
 from sana.data.scene_shards import write_scene_shards
-from sana.data.shards import ShardFolder
-from sana.ops.random import uniform
+from sana.data.source import Source
+from sana.data.stream import Cell, Filter, Stream
 from sana.types import Batch
-
-CaptionChoice = PowerScore | SoftmaxScore | Proportion
-
-
-class Positions(Dataset[tuple[int, int]]):
-    """Maps a stream position to what one sample needs: its number, pixels or latent, and captions."""
-
-    def __init__(self, shards: ShardFolder, order: Order, latents: np.ndarray | None) -> None:
-        self.shards, self.order, self.latents = shards, order, latents
-
-    def __getitem__(self, position: int) -> dict[str, Any]:  # type: ignore[override]
-        i = self.order.sample(position)
-        meta = self.shards.meta(i)
-        item = {
-            "position": position,
-            "key": self.shards.key(i),
-            "captions": _captions(meta, self.shards.key(i)),
-        }
-        if self.latents is None:
-            item["image"] = self.shards.image(i)
-        else:
-            item["latent"] = self.latents[i]
-        return item
-
-
-def _captions(meta: dict[str, Any], key: str) -> list[Caption]:
-    if meta.get("captions"):
-        return [Caption(c["source"], c["text"], c.get("score")) for c in meta["captions"]]
-    if "prompt" in meta:
-        return [Caption("prompt", meta["prompt"])]
-    raise ValueError(f"{key}: JSON has neither 'captions' nor 'prompt'")
-
-
-def collate(items: list[dict[str, Any]], *, seed: int, choice: CaptionChoice) -> Batch:
-    """Join samples into a `Batch`, choosing one caption each by its position."""
-    index = torch.tensor([item["position"] for item in items], dtype=torch.int64)
-    u = uniform(seed, index, "caption").tolist()
-    caption = [choice(item["captions"], u[k]).text for k, item in enumerate(items)]
-    image = latent = None
-    if "image" in items[0]:
-        image = to_tensor(np.stack([item["image"] for item in items]))
-    else:
-        latent = torch.from_numpy(np.stack([item["latent"] for item in items]))
-    return Batch(image=image, latent=latent, caption=caption, index=index, key=[item["key"] for item in items])
 
 
 class ShardsData(LightningDataModule):
-    """Training from a folder of WebDataset shards.
+    """Training from images with captions: shards, or folders and lists of images; see `sana.data.formats`.
 
     Args:
-        folder: directory with ``{split}-*.tar``.
+        folder: place of the data, or several places that are mixed.
         batch_size: global batch, over all ranks and micro-batches.
-        accumulate: micro-batches per update; each has ``batch_size / world / accumulate`` samples.
+        size: pixels of a side; images are scaled to cover the square and cut. None: they have one size already.
+        weights: share of the samples that comes from each folder, in any unit; None: each sample once per epoch.
+        buckets: sizes by aspect ratio to bring images to instead of one square.
+        filter: which samples take part; None: all.
+        resampled: draw with replacement instead of each sample once per epoch.
+        limits: what a sample may have at most, before it is read; None: those of `Limits`.
+        cache: folder that keeps what was fetched or computed: whole shards of data that lie at an address, latents and
+            features of captions. None: only byte ranges are fetched; what is computed lies in "cache" beside the data.
         caption: how one caption of several is chosen.
-        cache_latents: encode every image once before training, with the recipe's `latent_encoder`, and keep the
-            latents beside the shards.
+        accumulate: micro-batches per update; each has ``batch_size / world / accumulate`` samples.
+        cache_latents: train on latents that are kept in shards beside the images (`sana.data.cache`): true encodes
+            what is not there before training; "required" refuses to train unless scripts/precompute.py made them.
+        cache_text: the same for features of the captions.
+        cache_dtype: of both: "float16", "bfloat16" or "float32".
+        flip: mirror images: "none"; "once": half of them, always the same; "both": anew at each position.
         num_workers: loader processes per rank.
         validation: number of samples for validation losses, from the split "val" if there is one.
+        max_bad_fraction: the run stops when a greater part of its samples cannot be read.
+        inspect: only look at the data (`sana.data.inspect`), do not train.
         seed: seed of the order and of caption choice.
+
+    Attributes:
+        bad: samples that could not be read so far, counted by whoever reports them.
+        reported: whether somebody reports them; if nobody does, the first one is an error.
     """
 
     def __init__(
         self,
-        folder: str,
+        folder: str | list[str],
         batch_size: int,
-        caption: CaptionChoice,
+        caption: PowerScore | SoftmaxScore | Proportion,
         *,
+        size: int | None = None,
+        weights: list[float] | None = None,
+        buckets: Buckets | None = None,
+        filter: Filter | None = None,
+        resampled: bool = False,
+        limits: Limits | None = None,
+        cache: str | None = None,
         accumulate: int = 1,
-        cache_latents: bool = False,
+        cache_latents: bool | str = False,
+        cache_text: bool | str = False,
+        cache_dtype: str = "float16",
+        flip: str = "none",
         num_workers: int = 0,
         validation: int = 64,
+        max_bad_fraction: float = 0.01,
+        inspect: bool = False,
         seed: int = 0,
     ) -> None:
         super().__init__()
-        self.folder = Path(folder)
+        self.folders = [folder] if isinstance(folder, str) else list(folder)
+        if not self.folders:
+            raise ValueError("data.folder: at least one place is needed")
+        if weights is not None and len(weights) != len(self.folders):
+            raise ValueError(f"data.weights: {len(weights)} given for {len(self.folders)} folders")
+        if not 0 <= max_bad_fraction <= 1:
+            raise ValueError(f"data.max_bad_fraction is in [0, 1], got {max_bad_fraction}")
+        for name, value, allowed in (
+            ("cache_latents", cache_latents, (True, False, "required")),
+            ("cache_text", cache_text, (True, False, "required")),
+            ("cache_dtype", cache_dtype, tuple(DTYPES)),
+            ("flip", flip, FLIPS),
+        ):
+            if value not in allowed:
+                raise ValueError(f"data.{name} is {value!r}, expected one of {', '.join(map(str, allowed))}")
         self.batch_size, self.accumulate, self.seed = batch_size, accumulate, seed
-        self.choice, self.cache_latents, self.num_workers = caption, cache_latents, num_workers
-        self.validation = validation
+        self.size, self.weights, self.buckets = size, weights, buckets
+        self.filter, self.resampled = filter or Filter(), resampled
+        self.choice, self.num_workers = caption, num_workers
+        self.cached = {"latents": cache_latents, "text": cache_text}
+        self.cache_dtype, self.flip = cache_dtype, flip
+        self.limits, self.cache = limits or Limits(), cache
+        self.validation, self.max_bad_fraction, self.inspect = validation, max_bad_fraction, inspect
+        self.bad, self.reported = 0, False
+        self._sources: dict[str, list[Source]] = {}
+
+    def sources(self, split: str = "train") -> list[Source]:
+        """The sources of a split, opened once; for "val" those that have it, else all of "train".
+
+        Raises:
+            FileNotFoundError: nothing to train on.
+        """
+        if split not in self._sources:
+            found = []
+            for folder in self.folders:
+                try:
+                    found.append(open_source(folder, split, cache=self.cache, **asdict(self.limits)))
+                except FileNotFoundError:
+                    if split == "train":
+                        raise
+            self._sources[split] = found or self.sources()
+        return self._sources[split]
+
+    def table(self, sources: Sequence[Source]) -> Buckets:
+        """The sizes of batches.
+
+        Raises:
+            ValueError: `size` is None and the images have several sizes.
+        """
+        if self.buckets is not None:
+            return self.buckets
+        if self.size is not None:
+            return square(self.size)
+        columns = [[source.index.column(name) for source in sources] for name in ("height", "width")]
+        sizes = {(int(h), int(w)) for h, w in np.unique(np.stack([np.concatenate(c) for c in columns], 1), axis=0)}
+        if len(sizes) != 1:
+            raise ValueError(f"data.size: the images have {len(sizes)} sizes; give the one to bring them to")
+        return Buckets(list(sizes), [1.0])
+
+    def planner(self) -> Planner:
+        """The global batches of this run."""
+        sources, numbers, buckets = self.sources(), [], []
+        table = self.table(sources)
+        starts = np.cumsum([0, *(len(source) for source in sources)])
+        dtype = np.uint32 if starts[-1] < 2**32 else np.uint64
+        for source, start in zip(sources, starts, strict=False):
+            kept = self.filter.kept(source.index)
+            kept = np.arange(len(source)) if kept is None else kept
+            numbers.append((kept + start).astype(dtype))
+            if len(table) > 1:
+                height, width = (np.maximum(source.index.column(name)[kept], 1) for name in ("height", "width"))
+                buckets.append(table.nearest(height, width))
+        if not sum(map(len, numbers)):
+            raise ValueError("data.filter: no sample is left to train on")
+        return plan(
+            numbers, buckets or None, self.batch_size, self.seed, weights=self.weights, resampled=self.resampled
+        )
+
+    def samples(self, split: str = "train") -> Samples:
+        """What loads the images of a split, as they are stored but for their size."""
+        sources = self.sources(split)
+        return Samples(sources, self.choice, self.seed, lanczos=self.table(sources).lanczos)
 
     def prepare_data(self) -> None:
-        """Check the folder on one process, and encode latents if asked."""
-        if self.cache_latents:
-            self._latents(ShardFolder(self.folder, "train"))
-
-    def setup(self, stage: str) -> None:
-        """Open the shards."""
-        self.shards = ShardFolder(self.folder, "train")
-        self.latents = self._latents(self.shards) if self.cache_latents else None
+        """Index the data on one process, and encode latents if asked."""
+        self.sources("val")
+        self.sources()
+        self._caches()
 
     def fingerprint(self) -> str:
-        """Digest of the training shards, for the run's records."""
-        return ShardFolder(self.folder, "train").fingerprint()
-
-    def _latents(self, shards: ShardFolder) -> np.ndarray:
-        recipe: Any = self.trainer.lightning_module if self.trainer is not None else None
-        if not hasattr(recipe, "latent_encoder"):
-            raise ValueError("data.cache_latents=true needs a recipe with an autoencoder; set it to false")
-        encode, digest = recipe.latent_encoder()
-        path = latent_cache.cache_path(self.folder, shards.fingerprint(), digest, "float16")
-        return latent_cache.build(path, shards.image, len(shards), encode)
+        """Digest of the training data, for the run's records."""
+        digests = [source.fingerprint() for source in self.sources()]
+        return digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Endless loader of this rank's micro-batches, from the first sample the recipe has not consumed."""
         trainer = self.trainer
         assert trainer is not None
         world = trainer.world_size
-        share = self.batch_size // world
-        start = int(getattr(trainer.lightning_module, "samples_seen", 0))
-        if share % self.accumulate:
+        if self.batch_size % (world * self.accumulate):
             raise ValueError(
                 f"batch_size {self.batch_size} over {world} ranks and accumulate {self.accumulate} does not divide"
             )
-        batches = PositionBatches(self.batch_size, start, trainer.global_rank, world, micro=share // self.accumulate)
-        return self._loader(self.shards, self.latents, batches)
+        recipe, planner = trainer.lightning_module, self.planner()
+        sizes = [self.table(self.sources()).sizes[bucket] for bucket in planner.streams]
+        _check_multiples(sizes, recipe)
+        seen = int(getattr(recipe, "samples_seen", 0))
+        if planner.start(seen) != seen:
+            warnings.warn(
+                f"{seen} samples were seen, which is within a batch of {self.batch_size}: the batch size has changed, "
+                "so with buckets some samples of this epoch come again and others do not",
+                stacklevel=2,
+            )
+        batches = MicroBatches(
+            planner,
+            self.table(self.sources()).sizes,
+            seen,
+            trainer.global_rank,
+            world,
+            micro=self.batch_size // world // self.accumulate,
+        )
+        samples = self.samples()
+        samples.latents, samples.text, samples.flip = *self._caches(), self.flip
+        return loader(samples, batches, self.num_workers)
 
-    def validation_shards(self) -> ShardFolder:
-        """The split "val" where it exists, else the training shards."""
-        return ShardFolder(self.folder, "val" if any(self.folder.glob("val-*.tar")) else "train")
+    def batches(self) -> Iterator[Batch]:
+        """The global batches of a new run, endlessly, as the loader gives them (pixels as uint8)."""
+        samples = self.samples()
+        for slots in MicroBatches(self.planner(), self.table(samples.sources).sizes):
+            yield samples.__getitems__(slots)
+
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """Pixels become numbers in [-1, 1], on the device.
+
+        Raises:
+            ValueError: a bad sample, and nothing that would report it.
+        """
+        if batch.bad and not self.reported:
+            shard, key, reason = batch.bad[0]
+            raise ValueError(f"{shard}/{key}: {reason}; to go on without bad samples add callback.bad_samples")
+        return _in_range(batch)
 
     def validation_images(self, batch: int = 256) -> Iterator[np.ndarray]:
-        """All images of the validation split, uint8 (b, H, W, 3) at a time."""
-        shards = self.validation_shards()
-        for first in range(0, len(shards), batch):
-            yield np.stack([shards.image(i) for i in range(first, min(first + batch, len(shards)))])
+        """All readable images of the validation split, uint8 (b, H, W, 3) at a time, at one size."""
+        samples, images = self.samples("val"), []
+        for slot in self.slots(samples, range(len(samples))):
+            try:
+                images.append(samples.pixels(slot))
+            except BadSample:
+                continue
+            if len(images) == batch:
+                yield np.stack(images)
+                images = []
+        if images:
+            yield np.stack(images)
 
     def validation_batch(self) -> Batch:
-        """A fixed batch for validation losses, from `validation_shards`."""
-        shards = self.validation_shards()
-        items = Positions(shards, Order(len(shards), self.seed), None)
-        wanted = [items[p] for p in range(min(self.validation, len(shards)))]
-        return collate(wanted, seed=self.seed, choice=self.choice)
-
-    def _loader(self, shards: ShardFolder, latents: np.ndarray | None, batches: PositionBatches) -> DataLoader[Any]:
-        return DataLoader(
-            Positions(shards, Order(len(shards), self.seed), latents),
-            batch_sampler=batches,  # type: ignore[arg-type]
-            num_workers=self.num_workers,
-            collate_fn=partial(collate, seed=self.seed, choice=self.choice),
-            persistent_workers=self.num_workers > 0,
+        """A fixed batch for validation losses: the first good samples of the validation split in seeded order."""
+        samples = self.samples("val")
+        order = Stream([Cell(np.arange(len(samples)), Fraction(len(samples)))], self.seed).take(0, len(samples))
+        parts = []
+        for slot in self.slots(samples, order.tolist()):
+            part = samples.__getitems__([slot])
+            if not part.bad:
+                parts.append(part)
+            if len(parts) == self.validation:
+                break
+        if not parts:
+            raise ValueError("no sample of the validation split can be read")
+        return _in_range(
+            Batch(
+                image=torch.cat([part.image for part in parts]),
+                latent=None,
+                caption=[part.caption[0] for part in parts],
+                index=torch.cat([part.index for part in parts]),
+                key=[part.key[0] for part in parts],
+            )
         )
+
+    def slots(self, samples: Samples, order: Sequence[int]) -> list[Slot]:
+        """Positions 0, 1, ... of a pass over samples, all of the size that is nearest to a square."""
+        table = self.table(samples.sources)
+        height, width = table.sizes[int(table.nearest(np.ones(1), np.ones(1))[0])]
+        return [Slot(position, sample, height, width) for position, sample in enumerate(order)]
+
+    def cache_jobs(self, kind: str, encoding: Encoding) -> list[Job]:
+        """The caches of every source that this run reads, complete or not.
+
+        Args:
+            kind: "latents" or "text".
+            encoding: how they are made.
+        """
+        samples = self.samples()
+        parents = [self._cache_parent(folder) for folder in self.folders]
+        if kind == "text":
+            return text_jobs(samples, parents, encoding, self.cache_dtype)
+        return latent_jobs(samples, self.table(samples.sources), parents, encoding, self.cache_dtype, self.flip)
+
+    def _cache_parent(self, folder: str) -> Path:
+        if self.cache is not None:
+            return Path(self.cache)
+        path = Path(folder)
+        if "://" in folder:
+            raise ValueError(f"data.cache: a folder is needed to keep latents or features of {folder}")
+        return (path if path.is_dir() else path.parent) / "cache"
+
+    def _caches(self) -> tuple[LatentCache | None, TextCache | None]:
+        """The caches that this run reads, made first where that is allowed."""
+        found: dict[str, Any] = {"latents": None, "text": None}
+        for kind, wanted in self.cached.items():
+            if wanted is False:
+                continue
+            recipe: Any = self.trainer.lightning_module if self.trainer is not None else None
+            if not hasattr(recipe, "encodings"):
+                raise ValueError(f"data.cache_{kind}={wanted} needs a recipe with frozen encoders; set it to false")
+            jobs = self.cache_jobs(kind, recipe.encodings()[kind])
+            if wanted == "required":
+                folders = [find_cache(job.folder.path.parent, job.folder.key) for job in jobs]
+            else:
+                folders = [job.complete() for job in jobs]
+            found[kind] = LatentCache(*folders) if kind == "latents" else TextCache(*folders)
+        return found["latents"], found["text"]
+
+
+def _check_multiples(sizes: Sequence[tuple[int, int]], recipe: Any) -> None:
+    """Refuse sizes that the recipe's autoencoder and network would cut.
+
+    Raises:
+        ValueError: with the first such size.
+    """
+    frozen = getattr(recipe, "frozen", ())
+    autoencoder = frozen.autoencoder if "autoencoder" in frozen else None  # type: ignore[union-attr]
+    step = int(getattr(autoencoder, "ratio", 1)) * int(getattr(getattr(recipe, "network", None), "patch", 1))
+    for height, width in sizes:
+        if height % step or width % step:
+            raise ValueError(f"data: images of {height}x{width} pixels, expected sides that are multiples of {step}")
+
+
+def _in_range(batch: Batch) -> Batch:
+    """A batch whose pixels are floats in [-1, 1]."""
+    if batch.image is None or batch.image.is_floating_point():
+        return batch
+    return replace(batch, image=to_float(batch.image))
 
 
 class ScenesData(ShardsData):
     """The embedded world: shards of procedural scenes, written on first use, then read like any other shards.
 
     Args:
+        folder: where the shards lie or will lie.
         count: training images.
         held: images of the validation split.
         world_seed: seed of the generator (not of the run: two runs with different seeds share the data).
-        folder, batch_size, caption, accumulate, cache_latents, num_workers, validation, seed: as in `ShardsData`.
+        batch_size, caption, size, accumulate, cache_latents, cache_text, num_workers, validation, max_bad_fraction,
+            inspect, seed: as in `ShardsData`.
     """
 
     def __init__(
         self,
         folder: str,
         batch_size: int,
-        caption: CaptionChoice,
+        caption: PowerScore | SoftmaxScore | Proportion,
         *,
         count: int,
         held: int = 512,
         world_seed: int = 0,
         tasks: Mapping[str, float] | None = None,
+        size: int | None = None,
         accumulate: int = 1,
-        cache_latents: bool = False,
+        cache_latents: bool | str = False,
+        cache_text: bool | str = False,
         num_workers: int = 0,
         validation: int = 64,
+        max_bad_fraction: float = 0.01,
+        inspect: bool = False,
         seed: int = 0,
     ) -> None:
         super().__init__(
             folder,
             batch_size,
             caption,
+            size=size,
             accumulate=accumulate,
             cache_latents=cache_latents,
+            cache_text=cache_text,
             num_workers=num_workers,
             validation=validation,
+            max_bad_fraction=max_bad_fraction,
+            inspect=inspect,
             seed=seed,
         )
         self.count, self.held, self.world_seed, self.tasks = count, held, world_seed, tasks
@@ -209,5 +388,5 @@ class ScenesData(ShardsData):
     def write(self) -> None:
         """Make the training and validation shards; returns at once where they exist."""
         workers = os.cpu_count() or 1
-        write_scene_shards(self.folder, self.count, self.world_seed, "train", tasks=self.tasks, workers=workers)
-        write_scene_shards(self.folder, self.held, self.world_seed + 1, "val", workers=workers)
+        write_scene_shards(self.folders[0], self.count, self.world_seed, "train", tasks=self.tasks, workers=workers)
+        write_scene_shards(self.folders[0], self.held, self.world_seed + 1, "val", workers=workers)

@@ -1,4 +1,4 @@
-"""Scenes written as WebDataset shards: tars of KEY.png + KEY.json with an ``index.json`` beside them.
+"""Scenes written as WebDataset shards: tars of KEY.png + KEY.json with an index and ``index.json`` beside them.
 
 The bytes of a shard depend on its parameters alone (and on zlib's version), not on the number of workers or
 on what was interrupted: names are fixed, times and owners are zero, and each shard is written under another
@@ -8,33 +8,35 @@ first ended.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
-import io
 import json
 import multiprocessing
 import os
 import random
 import struct
-import tarfile
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+import pyarrow as pa
 
+from sana.data.formats.own import index_name
+from sana.data.index import Index, join, table, write
+from sana.data.metadata import facts as stated
+from sana.data.record import Limits
+from sana.data.scan import scan_tar
+from sana.data.shard_writer import PARTIAL, ShardWriter
+from sana.data.storage import LocalFolder
 from sana.data.synthetic import GENERATOR, example
+from sana.data.write_shards import LOCK, locked, progress_bar
 from sana.scenes import TASKS
 
 INDEX = "index.json"
-_LOCK = ".lock"
-_PARTIAL = ".partial"
 _REPORT_EVERY = 100  # images between two reports of progress
 
 
@@ -108,13 +110,6 @@ def encode_png(image: np.ndarray) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
 
 
-def _add(tar: tarfile.TarFile, name: str, body: bytes) -> None:
-    member = tarfile.TarInfo(name)  # its time, owner and group are zero
-    member.size = len(body)
-    member.mode = 0o644
-    tar.addfile(member, io.BytesIO(body))
-
-
 def _digest(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -122,33 +117,18 @@ def _digest(path: Path) -> str:
 
 def _write_shard(
     folder: Path, scenes: SceneSet, name: str, first: int, last: int, advance: Callable[[int], None]
-) -> dict[str, Any]:
-    """Write one shard under another name, then rename it; returns its entry of the index."""
-    partial = folder / f".{name}{_PARTIAL}"
-    try:
-        with (
-            open(partial, "wb") as file,
-            tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar,
-        ):
-            done = 0
-            for index in range(first, last):
-                image, facts = example(scenes.seed, index, scenes.task(index), held_out=scenes.held_out)
-                _add(tar, f"{facts['key']}.png", encode_png(image))
-                _add(tar, f"{facts['key']}.json", json.dumps(facts, separators=(",", ":")).encode())
-                done += 1
-                if done % _REPORT_EVERY == 0:
-                    advance(_REPORT_EVERY)
-            advance(done % _REPORT_EVERY)
-        entry = {
-            "name": name,
-            "count": last - first,
-            "bytes": partial.stat().st_size,
-            "sha256": _digest(partial),
-        }
-        os.replace(partial, folder / name)
-    finally:
-        partial.unlink(missing_ok=True)
-    return entry
+) -> tuple[dict[str, Any], pa.Table]:
+    """Write one shard; returns its entry of ``index.json`` and its rows of the index."""
+    with ShardWriter(folder, name, first // scenes.shard_size) as shard:
+        for done, index in enumerate(range(first, last), 1):
+            image, facts = example(scenes.seed, index, scenes.task(index), held_out=scenes.held_out)
+            members = {"png": encode_png(image), "json": json.dumps(facts, separators=(",", ":")).encode()}
+            height, width, _ = image.shape
+            shard.add(facts["key"], members, captions=stated(facts).captions, width=width, height=height)
+            if done % _REPORT_EVERY == 0:
+                advance(_REPORT_EVERY)
+        advance((last - first) % _REPORT_EVERY)
+    return shard.facts(), shard.rows()
 
 
 _written: Any = None  # in a worker process: the number of images that all of them have written
@@ -159,7 +139,9 @@ def _start_worker(counter: Any) -> None:
     _written = counter
 
 
-def _write_shard_in_worker(folder: Path, scenes: SceneSet, name: str, first: int, last: int) -> dict[str, Any]:
+def _write_shard_in_worker(
+    folder: Path, scenes: SceneSet, name: str, first: int, last: int
+) -> tuple[dict[str, Any], pa.Table]:
     def advance(images: int) -> None:
         with _written.get_lock():
             _written.value += images
@@ -173,7 +155,7 @@ def _write_index(
     done = [shards[name] for name, _, _ in scenes.shards() if name in shards]
     mine = _parameters(scenes) | {"complete": len(done) == len(scenes.shards()), "shards": done}
     index = {"kind": "scenes", "splits": {**others, scenes.split: mine}}
-    partial = folder / f".{INDEX}{_PARTIAL}"
+    partial = folder / f".{INDEX}{PARTIAL}"
     partial.write_text(json.dumps(index, indent=1, sort_keys=True) + "\n")
     os.replace(partial, folder / INDEX)
     return mine
@@ -191,7 +173,7 @@ def _read_index(folder: Path, scenes: SceneSet) -> tuple[dict[str, dict[str, Any
         FileExistsError: when the folder holds something else than scenes, or another set under this split.
     """
     if not (folder / INDEX).exists():
-        ours = {_LOCK, f".{INDEX}{_PARTIAL}"}
+        ours = {LOCK, f".{INDEX}{PARTIAL}"}
         strangers = sorted(p.name for p in folder.iterdir() if p.name not in ours)
         if strangers:
             raise FileExistsError(f"{folder} holds {strangers[0]!r} and no {INDEX}: give an empty or a new folder")
@@ -214,24 +196,25 @@ def _read_index(folder: Path, scenes: SceneSet) -> tuple[dict[str, dict[str, Any
     return shards, splits
 
 
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """One writer at a time; the kernel frees the lock of a process that died."""
-    with open(folder / _LOCK, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+def _write_columns(
+    folder: Path, scenes: SceneSet, shards: dict[str, dict[str, Any]], rows: dict[str, pa.Table]
+) -> None:
+    """The index that readers use; shards of an earlier call are read for it."""
+    for number, (name, _, _) in enumerate(scenes.shards()):
+        if name not in rows:
+            entries, bad = scan_tar(LocalFolder(folder), name, number, Limits(), checksums=True)
+            assert not bad, bad[0]  # its sha256 is that of what we wrote
+            rows[name] = table(entries)
+    names = [name for name, _, _ in scenes.shards()]
+    facts = {"kind": "own", "task": _parameters(scenes), "bad": []}
+    write(folder / index_name(scenes.split), join([rows[n] for n in names]), [shards[n] for n in names], facts)
 
 
-def _progress(shown: bool) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}"),
-        TimeRemainingColumn(),
-        disable=not shown,
-        transient=True,
-    )
+def _has_columns(folder: Path, scenes: SceneSet) -> bool:
+    try:
+        return Index(folder / index_name(scenes.split)).facts.get("task") == _parameters(scenes)
+    except (OSError, ValueError):
+        return False
 
 
 def write_scene_shards(
@@ -271,9 +254,9 @@ def write_scene_shards(
     if folder.is_dir():
         _read_index(folder, scenes)  # refuse before the lock file is made
     folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder):
+    with locked(folder):
         listed, others = _read_index(folder, scenes)
-        for stale in folder.glob(f".*{_PARTIAL}"):  # of a process that was killed: we have the lock
+        for stale in folder.glob(f".*{PARTIAL}"):  # of a process that was killed: we have the lock
             stale.unlink()
         finished = {
             name: shard
@@ -283,19 +266,24 @@ def write_scene_shards(
         missing = [shard for shard in scenes.shards() if shard[0] not in finished]
         index = _write_index(folder, others, scenes, finished)
         if not missing:
+            if not _has_columns(folder, scenes):
+                _write_columns(folder, scenes, finished, {})
             return index
+        rows: dict[str, pa.Table] = {}
         total = sum(last - first for _, first, last in missing)
         began = time.monotonic()
-        with _progress(progress) as bar:
+        with progress_bar(progress) as bar:
             task = bar.add_task(f"scenes {split}", total=total, rate="")
 
             def show(done: int) -> None:
                 rate = done / max(time.monotonic() - began, 1e-9)
                 bar.update(task, completed=done, rate=f"{rate:,.0f} images/s")
 
-            for entry in _write_all(folder, scenes, missing, min(workers, len(missing)), show):
+            for entry, found in _write_all(folder, scenes, missing, min(workers, len(missing)), show):
                 finished[entry["name"]] = entry
+                rows[entry["name"]] = found
                 index = _write_index(folder, others, scenes, finished)
+        _write_columns(folder, scenes, finished, rows)
     return index
 
 
@@ -305,8 +293,8 @@ def _write_all(
     missing: list[tuple[str, int, int]],
     workers: int,
     show: Callable[[int], None],
-) -> Iterator[dict[str, Any]]:
-    """Entries of the shards as they are finished, with ``show(images written so far)`` now and then."""
+) -> Iterator[tuple[dict[str, Any], pa.Table]]:
+    """Entries and rows of the shards as they are finished, with ``show(images written so far)`` now and then."""
     if workers == 1:
         written = 0
 

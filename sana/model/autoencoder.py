@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from sana.encoder.autoencoder.dc_ae import DCAE
 from sana.encoder.autoencoder.fold import fold_shortcut, map_decoder, map_encoder, moments, whitening
 from sana.encoder.perceptual import AttributeNet
-from sana.model.base import Optimisation, OptimizerFactory, Recipe, Schedule
+from sana.model.base import Optimisation, OptimizerFactory, Recipe, Schedule, share_of_good, weighted_mean
 from sana.model.frozen import Frozen
 from sana.objective.adversarial import balance, hinge_discriminator, hinge_generator
 from sana.objective.reconstruction import absolute, perceptual
@@ -115,12 +115,13 @@ class AutoencoderModule(Recipe):
             image = batch.image if phase == 2 else self.crops(batch.image, batch.index)
             image = image.contiguous(memory_format=torch.channels_last)
             y = self.reconstruct(image, batch.index)
-            loss = self._reconstruction_loss(image, y)
-            self.report["train/loss"] = loss.detach()
+            loss = self._reconstruction_loss(image, y, batch.weight)
+            self.report["train/loss"] = loss.detach() / share_of_good(batch)
             if phase == 3:
-                loss = loss + self._adversarial_loss(y, loss)
+                loss = loss + self._adversarial_loss(y, loss, batch.weight)
                 self.optimise("autoencoder", loss)
-                verdict = hinge_discriminator(self.discriminator(image), self.discriminator(y.detach())).mean()
+                verdicts = hinge_discriminator(self.discriminator(image), self.discriminator(y.detach()))
+                verdict = weighted_mean(verdicts, batch.weight)
                 self.report["train/discriminator/loss"] = verdict.detach()
                 self.optimise("discriminator", verdict)
             else:
@@ -168,18 +169,20 @@ class AutoencoderModule(Recipe):
             part.requires_grad_(True)
         self.normalise.eval()  # the latent stays as it is
 
-    def _reconstruction_loss(self, x: Tensor, y: Tensor) -> Tensor:
-        self.report["train/absolute"] = (pixels := absolute(x, y).mean()).detach()
+    def _reconstruction_loss(self, x: Tensor, y: Tensor, weight: Tensor | None) -> Tensor:
+        pixels = weighted_mean(absolute(x, y), weight)
+        self.report["train/absolute"] = pixels.detach()
         net = self.frozen.perceptual
         with torch.no_grad():
             target = net.features(x)
-        features = perceptual([f.float() for f in target], [f.float() for f in net.features(y)]).mean()
+        distances = perceptual([f.float() for f in target], [f.float() for f in net.features(y)])
+        features = weighted_mean(distances, weight)
         self.report["train/perceptual"] = features.detach()
         return pixels + self.perceptual_weight * features
 
-    def _adversarial_loss(self, y: Tensor, reference: Tensor) -> Tensor:
+    def _adversarial_loss(self, y: Tensor, reference: Tensor, weight: Tensor | None) -> Tensor:
         self.discriminator.requires_grad_(False)
-        adversarial = hinge_generator(self.discriminator(y).float()).mean()
+        adversarial = weighted_mean(hinge_generator(self.discriminator(y).float()), weight)
         self.discriminator.requires_grad_(True)
         last = self.autoencoder.decoder.last_layer.weight
         factor = self.adversarial_weight * balance(reference, adversarial, last)
@@ -188,6 +191,4 @@ class AutoencoderModule(Recipe):
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
         """Move the tensors of a `Batch`."""
-        assert batch.image is not None
-        batch.image, batch.index = batch.image.to(device, non_blocking=True), batch.index.to(device)
-        return batch
+        return batch.to(device)

@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 from sana.model.frozen import Frozen
 from sana.optimizer.ema import EMA
 from sana.strategy.sharding import shard
+from sana.types import Batch
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
 Schedule = Callable[[int], float]
@@ -47,6 +48,26 @@ class Optimisation:
     schedule: Schedule
     clip_norm: float | None = None
     ema_decay: float | None = None
+
+
+def weighted_mean(losses: Tensor, weight: Tensor | None) -> Tensor:
+    """Mean of per-sample losses (b, ...) times the samples' weights (b,), over all b samples.
+
+    The divisor is the number of samples, not the sum of their weights: so the gradient of a global batch does not
+    depend on how its bad samples fall on ranks and micro-batches.
+    """
+    if weight is None:
+        return losses.mean()
+    return (losses * weight.view(-1, *[1] * (losses.ndim - 1))).mean()
+
+
+def share_of_good(batch: Batch) -> Tensor | float:
+    """Mean weight of a batch's samples, for reports: a mean of weighted losses divided by it is that of the good ones.
+    1 where all are bad and the mean is 0."""
+    if batch.weight is None:
+        return 1.0
+    share = batch.weight.mean()
+    return torch.where(share > 0, share, 1.0)
 
 
 class Recipe(LightningModule):

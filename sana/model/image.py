@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from sana.model.base import Optimisation, OptimizerFactory, Recipe, Schedule
+from sana.data.caching import Encoding
+from sana.model.base import Optimisation, OptimizerFactory, Recipe, Schedule, share_of_good, weighted_mean
+from sana.model.encoding import encode_captions, encode_latents
 from sana.model.frozen import Frozen
 from sana.ops.random import normal, spread, uniform
 from sana.types import Batch, Condition
@@ -79,8 +80,8 @@ class ImageModule(Recipe):
         with self.timed("autoencoder"):
             x0 = self.latents(batch)
         with self.timed("model"):
-            loss = self.flow_loss(self.network, x0, condition, batch.index).mean()
-            self.report["train/loss"] = loss.detach()
+            loss = weighted_mean(self.flow_loss(self.network, x0, condition, batch.index), batch.weight)
+            self.report["train/loss"] = loss.detach() / share_of_good(batch)
             self.optimise("network", loss)
         self.finish_batch(len(batch.caption))
 
@@ -109,22 +110,19 @@ class ImageModule(Recipe):
         with torch.no_grad():
             return self.frozen.autoencoder.encode(batch.image).float().unsqueeze(2)
 
-    def latent_encoder(self) -> tuple[Callable[[Tensor], Tensor], str]:
-        """How images become latents, and a digest of everything that this depends on, for caches."""
-        autoencoder = self.frozen.autoencoder
-        digest = hashlib.sha256(str(autoencoder).encode())
-        for name, value in sorted(autoencoder.state_dict().items()):
-            digest.update(name.encode() + value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-
-        def encode(images: Tensor) -> Tensor:
-            with torch.no_grad():
-                return autoencoder.encode(images.to(self.device))
-
-        return encode, digest.hexdigest()
+    def encodings(self) -> dict[str, Encoding]:
+        """How images become latents and captions become features, for caches: "latents" and "text"."""
+        return {
+            "latents": encode_latents(self.frozen.autoencoder, self.device),
+            "text": encode_captions(self.frozen.text_encoder),
+        }
 
     def condition(self, batch: Batch) -> Condition:
         """Features of the captions, with caption dropout by position."""
-        condition = self.encode_text(batch.caption)
+        if batch.text is None:
+            condition = self.encode_text(batch.caption)
+        else:
+            condition = Condition(text=batch.text, mask=batch.text_mask)
         if self.caption_dropout == 0.0:
             return condition
         drop = uniform(self.seed, batch.index, "caption dropout") < self.caption_dropout
@@ -170,11 +168,7 @@ class ImageModule(Recipe):
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """Move the tensors of a `Batch`."""
-        for name in ("image", "latent", "index"):
-            value = getattr(batch, name)
-            if value is not None:
-                setattr(batch, name, value.to(device, non_blocking=True))
-        return batch
+        return batch.to(device)
 
 
 def _fit(rows: Tensor, length: int) -> Tensor:

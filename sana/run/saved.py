@@ -21,7 +21,7 @@ from sana.run.records import is_first_rank
 from sana.run.runs import Found, find_checkpoint, find_weights, read_overrides
 from sana.run.schema import check
 
-# Folders that have to be there before the run; other data modules make theirs.
+# Places that have to be there before the run, unless they are addresses; other data modules make theirs.
 EXISTING = {"sana.data.module.ShardsData": "folder"}
 
 
@@ -154,11 +154,13 @@ def _check_places(composed: Composed) -> None:
         origin = composed.origin(("quant",))
         raise ConfigError(f"quant: training is in full precision; quantise for sample.py and eval.py ({origin})")
     key = EXISTING.get(values["data"]["_target_"])
-    if key is not None and not Path(values["data"][key]).is_dir():
-        raise ConfigError(
-            f"data.{key}: {values['data'][key]} does not exist; give a folder of WebDataset shards "
-            f"({composed.origin(('data', key))})"
-        )
+    places = values["data"][key] if key is not None else []
+    for place in [places] if isinstance(places, str) else places:
+        if "://" not in place and not Path(place).exists():
+            raise ConfigError(
+                f"data.{key}: {place} does not exist; give a folder of images or of WebDataset shards "
+                f"({composed.origin(('data', key))})"
+            )
     if values["resume"] is not None:
         find_checkpoint(values["resume"], key="resume")
     directory = values["run"]["dir"]

@@ -19,6 +19,7 @@ from PIL import Image
 from scipy.stats import binomtest
 
 from sana.data import scene_shards
+from sana.data.formats.open import open_source
 from sana.data.scene_shards import encode_png, write_scene_shards
 from sana.data.synthetic import GENERATOR, example
 from sana.scenes import HELD_OUT, combinations
@@ -219,3 +220,21 @@ def test_tasks_come_by_weight(tmp_path: Path) -> None:
         write(tmp_path / "b", 4, 3, tasks={"positions": 1.0}, progress=False)
     with pytest.raises(ValueError, match="not all zero"):
         write(tmp_path / "b", 4, 3, tasks={"position": 0.0}, progress=False)
+
+
+def test_index_is_that_of_a_source(written: Path, tmp_path: Path) -> None:
+    source = open_source(written)
+    assert source.index.facts["kind"] == "own"
+    assert len(source) == 70
+    for i in (0, 30, 69):
+        image, facts = example(4, i)
+        np.testing.assert_array_equal(source.image(i), image)
+        record = source.record(i)
+        assert record.meta == facts
+        assert [c._asdict() for c in record.captions] == facts["captions"]
+        assert (record.width, record.height, record.key) == (64, 64, facts["key"])
+    for path in [*written.glob("*.tar"), written / "index.json"]:
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    write(tmp_path, 70, seed=4, shard_size=30, workers=1, progress=False)  # shards without an index get one
+    name = "train.index.arrow"
+    assert (tmp_path / name).read_bytes() == (written / name).read_bytes()

@@ -11,6 +11,7 @@ from sana.encoder.autoencoder.dc_ae import DCAE
 from sana.encoder.text.gemma_random import gemma_random
 from sana.flow.grid import euler_grid
 from sana.flow.timestep import LogitNormal
+from sana.model.base import share_of_good, weighted_mean
 from sana.model.generate import Painter
 from sana.model.image import ImageModule
 from sana.network.sana import Sana
@@ -120,11 +121,28 @@ def test_none_of_the_frozen_parts_is_trained_or_saved() -> None:
 
 def test_cached_latents_equal_encoding_in_the_step() -> None:
     recipe, data = make(), batch()
-    encode, digest = recipe.latent_encoder()
-    cached = Batch(None, encode(data.image), data.caption, data.index, data.key)
+    encoding = recipe.encodings()["latents"]
+    cached = Batch(None, encoding.encode(data.image), data.caption, data.index, data.key)
     assert torch.equal(recipe.latents(cached), recipe.latents(data))
-    assert digest == recipe.latent_encoder()[1]
-    assert digest != make(1).latent_encoder()[1]
+    assert encoding.weights == recipe.encodings()["latents"].weights
+    assert encoding.weights != make(1).encodings()["latents"].weights
+
+
+def test_cached_features_equal_encoding_in_the_step() -> None:
+    recipe, data = make(caption_dropout=0.3), batch(4)
+    encoding = recipe.encodings()["text"]
+    rows = encoding.encode(data.caption)
+    text = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    mask = torch.arange(text.shape[1]) < torch.tensor([len(row) for row in rows])[:, None]
+    cached = Batch(data.image, None, data.caption, data.index, data.key, text=text, text_mask=mask)
+    ours, theirs = recipe.condition(cached), recipe.condition(data)
+    assert ours.mask is not None
+    assert theirs.mask is not None
+    length = text.shape[1]
+    assert torch.equal(ours.mask, theirs.mask[:, :length])
+    assert not theirs.mask[:, length:].any()
+    torch.testing.assert_close(ours.text[ours.mask], theirs.text[theirs.mask], rtol=1e-5, atol=1e-5)
+    assert '"max_tokens"' in encoding.template
 
 
 def test_validation_losses_are_repeatable_and_per_time() -> None:
@@ -194,3 +212,23 @@ def test_bad_requests_say_what_is_wrong() -> None:
         make(null_mask="none")
     with pytest.raises(ValueError, match="at least 1"):
         Sampler(euler, euler_grid, steps=0)
+
+
+def test_a_sample_of_weight_zero_gives_no_gradient() -> None:
+    """The gradient is that of the others alone, at their share of the batch."""
+    recipe, data = make(2, caption_dropout=0.0), batch(40)
+    x0, condition = recipe.latents(data), recipe.condition(data)
+    weight = torch.tensor([1.0, 0, 1, 1, 0, 1])
+    gradients = []
+    for picked in (None, weight > 0):
+        recipe.network.zero_grad()
+        losses = recipe.flow_loss(recipe.network, x0, condition, data.index)
+        (weighted_mean(losses, weight) if picked is None else losses[picked].mean() * 4 / 6).backward()
+        gradients.append([p.grad.clone() for p in recipe.network.parameters() if p.grad is not None])
+    assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-8) for a, b in zip(*gradients, strict=True))
+    assert torch.equal(weighted_mean(losses, torch.ones(6)), losses.mean())
+    assert torch.equal(weighted_mean(losses, None), losses.mean())
+    data.weight = weight
+    assert float(share_of_good(data)) == pytest.approx(4 / 6)
+    data.weight = torch.zeros(6)
+    assert float(share_of_good(data)) == 1

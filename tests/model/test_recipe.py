@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from sana.callback.checkpoints import Checkpoints
-from sana.data.order import PositionBatches
 from sana.model.base import NonFiniteError, Optimisation, Recipe
 
 
@@ -44,6 +45,16 @@ class Toy(Recipe):
         self.finish_batch(len(batch))
 
 
+class Positions:
+    """Endless micro-batches of consecutive positions."""
+
+    def __init__(self, start: int, size: int) -> None:
+        self.start, self.size = start, size
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return (list(range(first, first + self.size)) for first in count(self.start, self.size))
+
+
 class Numbers(LightningDataModule):
     def __init__(self, batch: int, micro: int | None = None) -> None:
         super().__init__()
@@ -51,8 +62,7 @@ class Numbers(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Any]:
         start = self.trainer.lightning_module.samples_seen  # type: ignore[union-attr]
-        order = PositionBatches(self.batch, start, micro=self.micro)
-        return DataLoader(range(10**9), batch_sampler=order)  # type: ignore[arg-type]
+        return DataLoader(range(10**9), batch_sampler=Positions(start, self.micro or self.batch))  # type: ignore[arg-type]
 
 
 def fit(recipe: Toy, folder: Path, steps: int, resume: Path | None = None, micro: int | None = None) -> Trainer:

@@ -1,0 +1,55 @@
+"""Resize and crop against torchvision's, which the published code uses."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from PIL import Image
+from torchvision.transforms import functional as F
+
+from sana.data.bucket import published
+from sana.data.transform import resize_and_crop, scaled_size
+
+
+def by_torchvision(pixels: np.ndarray, height: int, width: int, lanczos: bool) -> np.ndarray:
+    size = scaled_size(*pixels.shape[:2], height, width)
+    mode = F.InterpolationMode.LANCZOS if lanczos else F.InterpolationMode.BICUBIC
+    image = F.resize(Image.fromarray(pixels), list(size), mode)
+    return np.asarray(F.center_crop(image, [height, width]))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("lanczos", [False, True])
+@pytest.mark.parametrize(
+    ("size", "to"),
+    [((97, 131), (64, 64)), ((131, 97), (64, 96)), ((33, 20), (64, 64)), ((200, 50), (32, 64)), ((64, 100), (64, 64))],
+)
+def test_equals_torchvision(size: tuple[int, int], to: tuple[int, int], lanczos: bool) -> None:
+    pixels = np.random.default_rng(size[0]).integers(0, 256, (*size, 3), dtype=np.uint8)
+    ours, theirs = resize_and_crop(Image.fromarray(pixels), *to, lanczos=lanczos), by_torchvision(pixels, *to, lanczos)
+    assert ours.shape == theirs.shape == (*to, 3)
+    assert ours.dtype == np.uint8
+    assert np.array_equal(ours, theirs)
+
+
+def test_the_scaled_size_covers_and_is_never_short() -> None:
+    """Exact integers; the published rule in floating point is one short for some of these, and never longer."""
+    rng, short = np.random.default_rng(1), 0
+    for height, width in rng.integers(1, 4000, (400, 2)).tolist():
+        for to_height, to_width in published(1024).sizes:
+            h, w = scaled_size(height, width, to_height, to_width)
+            assert h >= to_height
+            assert w >= to_width
+            assert h == to_height or w == to_width
+            if to_height / height > to_width / width:
+                theirs = to_height, int(width * (to_height / height))
+            else:
+                theirs = int(height * (to_width / width)), to_width
+            short += theirs != (h, w)
+            assert h - 1 <= theirs[0] <= h
+            assert w - 1 <= theirs[1] <= w
+    assert short > 0
+
+
+def test_the_right_size_is_not_touched() -> None:
+    pixels = np.arange(105, dtype=np.uint8).reshape(5, 7, 3)
+    assert np.array_equal(resize_and_crop(Image.fromarray(pixels), 5, 7), pixels)
