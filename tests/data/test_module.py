@@ -24,7 +24,10 @@ from sana.data.caption import Proportion
 from sana.data.module import ShardsData
 from sana.data.stream import Filter
 from sana.model.base import Optimisation, Recipe, weighted_mean
+from sana.run.build import build
+from sana.run.error import ConfigError
 from sana.run.inspect import inspect
+from sana.run.saved import prepare
 from sana.types import Batch
 
 CHOICE = Proportion({"short": 3.0, "long": 1.0})
@@ -181,3 +184,24 @@ def test_inspection_names_what_training_will_meet(tmp_path: Path) -> None:
     (line,) = (tmp_path / "out" / "inspect_bad_samples.jsonl").read_text().splitlines()
     assert json.loads(line)["key"] == "000005"
     assert (tmp_path / "out" / "inspect.png").exists()
+
+
+def test_the_configuration_reaches_the_data(tmp_path: Path) -> None:
+    places = [str(Pictures(8, [(8, 8), (8, 16)], seed=k).write(tmp_path / str(k), 1)) for k in range(2)]
+    overrides = [
+        "data=shards", f"data.folder=[{','.join(places)}]", "data.weights=[3,1]",
+        "data.filter.scores={aesthetic: 5.0}",
+        "data.filter.min_side=8", "data.batch_size=4", "data.limits.max_pixels=100",
+        "data.buckets={_target_: sana.data.bucket.by_area, area: 128, step: 8, min_ratio: 0.5, max_ratio: 2.0}",
+    ]  # fmt: skip
+    data = build(prepare("train", overrides).config.data, "data")
+    assert data.folders == places
+    assert data.weights == [3, 1]
+    assert (8, 16) in data.buckets.sizes
+    with pytest.raises(ValueError, match="no sample has a score 'aesthetic'"):
+        data.planner()
+    with pytest.raises(ConfigError, match="/none does not exist"):
+        prepare("train", ["data=shards", f"data.folder=[{places[0]},/none]"])
+    prepare("train", ["data=shards", "data.folder=https://example.org/shards"])
+    with pytest.raises(ConfigError, match=r"data\.filter\.min_sides: unknown key"):
+        prepare("train", ["data=shards", f"data.folder={places[0]}", "data.filter.min_sides=1"])

@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[2]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
 def lines_of_the_readme() -> list[str]:
@@ -42,7 +43,7 @@ def test_the_five_lines_of_the_readme(tmp_path: Path) -> None:
     assert len(lines) == 5
     for line in lines:
         words = [sys.executable if word == "python" else word for word in shlex.split(line, comments=True)]
-        done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
+        done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False, env=ENVIRONMENT)
         assert done.returncode == 0, line + done.stdout + done.stderr
     assert (tmp_path / "my_shards" / "train-000000.tar").exists()
     assert (tmp_path / "runs" / "inspect.png").exists()
@@ -59,11 +60,10 @@ def test_two_processes_report_together(tmp_path: Path) -> None:
     small = [f"data.folder={images}", "size=64", "data.batch_size=4", "data.num_workers=0", "data.validation=2"]
     tiny = ["network.width=32", "network.depth=2", "block.cross.heads=1", "callback.samples=null"]
     more = ["strategy=ddp", "trainer.devices=2", "trainer.precision=32-true", f"run.dir={tmp_path / 'run'}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
 
     def train(*last: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "train.py", "data=shards", *small, *tiny, *more, *last]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=environment)
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=ENVIRONMENT)
 
     done = train("trainer.max_steps=3", "data.max_bad_fraction=0.5")
     assert done.returncode == 0, done.stdout + done.stderr
