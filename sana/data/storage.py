@@ -161,6 +161,8 @@ class RemoteFolder:
         if self._pid != os.getpid():  # connections and event loops do not survive a fork
             self._filesystems, self._pid = {}, os.getpid()
         kind = scheme(url)
+        if kind == "file":
+            raise ValueError(f"unsafe url: {url[:80]!r} is a file of this machine, named by data from elsewhere")
         if kind not in self._filesystems:
             try:
                 self._filesystems[kind] = fsspec.filesystem(kind)

@@ -25,13 +25,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from sana.data.decode import decode_picture, image_format
-from sana.data.formats.own import index_name
+from sana.data.formats.own import index_name, task_name
 from sana.data.index import Index, join, write
 from sana.data.record import BadSample
 from sana.data.shard_writer import PARTIAL, ShardWriter
 from sana.data.source import Source
 
 BAD = "bad_samples.jsonl"
+WIDS = "wids-meta.json"
 LOCK = ".lock"
 _PIECE = ".piece.arrow"
 _REPORT_EVERY = 50  # images between two reports of progress
@@ -93,7 +94,7 @@ def write_shards(
         if not (folder / index_name(split)).exists():
             for stale in folder.glob(f".{split}-*{PARTIAL}"):  # of a process that was killed: we have the lock
                 stale.unlink()
-            (folder / _task_name(split)).write_text(json.dumps(task))
+            (folder / task_name(split)).write_text(json.dumps(task))
             missing = [i for i, name in enumerate(names) if _piece(folder, name) is None]
             ranges = [(i, names[i], i * shard_size, min((i + 1) * shard_size, len(source))) for i in missing]
             _write_all(source, folder, ranges, min(workers, max(1, len(missing))), progress, split)
@@ -114,10 +115,21 @@ def _finish(source: Source, folder: Path, split: str, names: list[str], task: di
     rows = join([index.rows() for index in parts])
     facts = {"kind": "own", "task": task, "bad": bad}
     _write_bad(folder, split, bad)
+    if split == "train":
+        _write_wids(folder, shards)
     write(folder / index_name(split), rows, shards, facts)
     for name in names:
         _piece_path(folder, name).unlink(missing_ok=True)
-    (folder / _task_name(split)).unlink(missing_ok=True)
+    (folder / task_name(split)).unlink(missing_ok=True)
+
+
+def _write_wids(folder: Path, shards: list[dict[str, Any]]) -> None:
+    """The list of shards that SANA's released reader wants, so that it can read ours."""
+    listed = [{"url": shard["name"], "nsamples": shard["count"], "filesize": shard["bytes"]} for shard in shards]
+    about = {"name": "train", "wids_version": 1, "shardlist": listed}
+    partial = folder / f".{WIDS}{PARTIAL}"
+    partial.write_text(json.dumps(about, indent=1) + "\n")
+    os.replace(partial, folder / WIDS)
 
 
 def _write_bad(folder: Path, split: str, bad: list[list[str]]) -> None:
@@ -129,10 +141,6 @@ def _write_bad(folder: Path, split: str, bad: list[list[str]]) -> None:
     partial = folder / f".{BAD}{PARTIAL}"
     partial.write_text("".join(line + "\n" for line in [*kept, *mine]))
     os.replace(partial, path)
-
-
-def _task_name(split: str) -> str:
-    return f".{split}.task.json"
 
 
 def _piece_path(folder: Path, name: str) -> Path:
@@ -156,8 +164,8 @@ def _check_folder(folder: Path, split: str, task: dict[str, Any]) -> None:
         raise FileExistsError(f"{folder} is a file: give a folder for the shards")
     if (folder / index_name(split)).exists():
         found = Index(folder / index_name(split)).facts.get("task")
-    elif (folder / _task_name(split)).exists():
-        found = json.loads((folder / _task_name(split)).read_text())
+    elif (folder / task_name(split)).exists():
+        found = json.loads((folder / task_name(split)).read_text())
     else:
         strangers = sorted(path.name for path in folder.glob(f"{split}-*.tar"))
         if strangers:

@@ -18,6 +18,11 @@ def index_name(split: str) -> str:
     return f"{split}.index.arrow"
 
 
+def task_name(split: str) -> str:
+    """File that is there while a split is being written, and after a stop until the writer is called again."""
+    return f".{split}.task.json"
+
+
 def open_own(storage: Storage, split: str, limits: Limits) -> Source:
     """Shards that we wrote. Nothing but the index is read.
 
