@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -92,9 +93,9 @@ def write_shards(
         _check_folder(folder, split, task)
         names = [f"{split}-{i:06d}.tar" for i in range(-(-len(source) // shard_size))]
         if not (folder / index_name(split)).exists():
-            for stale in folder.glob(f".{split}-*{PARTIAL}"):  # of a process that was killed: we have the lock
+            for stale in folder.glob(f".{split}[-.]*{PARTIAL}"):  # of a process that was killed: we have the lock
                 stale.unlink()
-            (folder / task_name(split)).write_text(json.dumps(task))
+            _write_text(folder / task_name(split), json.dumps(task))
             missing = [i for i, name in enumerate(names) if _piece(folder, name) is None]
             ranges = [(i, names[i], i * shard_size, min((i + 1) * shard_size, len(source))) for i in missing]
             _write_all(source, folder, ranges, min(workers, max(1, len(missing))), progress, split)
@@ -111,6 +112,10 @@ def _finish(source: Source, folder: Path, split: str, names: list[str], task: di
     bad += [reasons for index in parts for reasons in index.facts["bad"]]
     shards = [index.shards[0] for index in parts]
     if not any(shard["count"] for shard in shards):
+        for name in names:
+            (folder / name).unlink(missing_ok=True)
+            _piece_path(folder, name).unlink(missing_ok=True)
+        (folder / task_name(split)).unlink()
         raise ValueError(f"no image of the source can be used; the first is {': '.join(bad[0])}")
     rows = join([index.rows() for index in parts])
     facts = {"kind": "own", "task": task, "bad": bad}
@@ -127,9 +132,7 @@ def _write_wids(folder: Path, shards: list[dict[str, Any]]) -> None:
     """The list of shards that SANA's released reader wants, so that it can read ours."""
     listed = [{"url": shard["name"], "nsamples": shard["count"], "filesize": shard["bytes"]} for shard in shards]
     about = {"name": "train", "wids_version": 1, "shardlist": listed}
-    partial = folder / f".{WIDS}{PARTIAL}"
-    partial.write_text(json.dumps(about, indent=1) + "\n")
-    os.replace(partial, folder / WIDS)
+    _write_text(folder / WIDS, json.dumps(about, indent=1) + "\n")
 
 
 def _write_bad(folder: Path, split: str, bad: list[list[str]]) -> None:
@@ -138,8 +141,12 @@ def _write_bad(folder: Path, split: str, bad: list[list[str]]) -> None:
     lines = path.read_text().splitlines() if path.exists() else []
     kept = [line for line in lines if json.loads(line)["split"] != split]
     mine = [json.dumps({"split": split, "shard": s, "key": k, "reason": r}) for s, k, r in bad]
-    partial = folder / f".{BAD}{PARTIAL}"
-    partial.write_text("".join(line + "\n" for line in [*kept, *mine]))
+    _write_text(path, "".join(line + "\n" for line in [*kept, *mine]))
+
+
+def _write_text(path: Path, text: str) -> None:
+    partial = path.with_name(f".{path.name.lstrip('.')}{PARTIAL}")
+    partial.write_text(text)
     os.replace(partial, path)
 
 
@@ -294,7 +301,8 @@ def _add(shard: ShardWriter, source: Source, i: int) -> None:
         "captions": captions,
         "width": picture.width,
         "height": picture.height,
-        "scores": record.scores,
+        # The index keeps 32 bits: written with as many digits as these have.
+        "scores": {name: float(str(np.float32(score))) for name, score in record.scores.items()},
         "hq": record.hq,
         "origin": source.key(i),
     }

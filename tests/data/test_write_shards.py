@@ -211,6 +211,7 @@ def test_refusals(made: tuple[Path, Path], tmp_path: Path) -> None:
     (other / "x.png").write_bytes(png(1)[:60])
     with pytest.raises(ValueError, match=r"no image of the source can be used; the first is x\.png: x: corrupt image"):
         write_shards(open_source(other), tmp_path / "none", workers=1, progress=False)
+    assert [path.name for path in (tmp_path / "none").iterdir()] == [".lock"]
     (other / "x.txt").unlink()
     with pytest.raises(ValueError, match=r"no sample that can be used; 1 bad ones, such as x.png/x: no caption"):
         write_shards(open_source(other), tmp_path / "new", workers=1, progress=False)

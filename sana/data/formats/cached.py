@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import secrets
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -78,7 +79,7 @@ def cache_folder() -> Path:
 
 
 def _replace(place: Path, data: pa.Buffer) -> None:
-    partial = place.with_name(f".{place.name.lstrip('.')}.{os.getpid()}.partial")
+    partial = place.with_name(f".{place.name.lstrip('.')}.{secrets.token_hex(4)}.partial")
     try:
         with open(partial, "wb") as file:
             file.write(data)
