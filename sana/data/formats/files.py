@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 
 from sana.data.caption import Caption
-from sana.data.formats.cached import Made, cached_index
+from sana.data.formats.cached import Made, cached_index, reading
 from sana.data.index import Entry, table
 from sana.data.metadata import Facts, facts, number, parse_json, parse_text
 from sana.data.record import BadSample, Limits
@@ -104,7 +104,7 @@ def open_images(storage: Storage, limits: Limits) -> Source:
 
     def make() -> Made:
         entries, bad, seen = [], [], {}
-        for path in images:
+        for path in reading(images, "images"):
             key = path.rpartition(".")[0]
             try:
                 if seen.setdefault(key, path) != path:
