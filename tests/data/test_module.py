@@ -60,8 +60,8 @@ class Brightness(Recipe):
         self.finish_batch(len(batch.key))
 
 
-def fit(data: ShardsData, folder: Path, steps: int, resume: Path | None = None, recipe: Recipe | None = None) -> Any:
-    recipe = recipe or Brightness(data.accumulate)
+def fit(data: ShardsData, folder: Path, steps: int, resume: Path | None = None, **more: Any) -> Any:
+    recipe = Brightness(data.accumulate)
     folder.mkdir(exist_ok=True)
     trainer = Trainer(
         max_steps=steps,
@@ -71,7 +71,9 @@ def fit(data: ShardsData, folder: Path, steps: int, resume: Path | None = None, 
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        callbacks=[BadSamples(), Records(1), Checkpoints(every=100)],
+        use_distributed_sampler=False,
+        callbacks=[BadSamples(every=2), Records(1), Checkpoints(every=100)],
+        **more,
     )
     trainer.fit(recipe, datamodule=data, ckpt_path=resume)
     return recipe
@@ -140,6 +142,19 @@ def test_bad_samples_are_reported_and_the_run_goes_on(tmp_path: Path) -> None:
     assert rows[-1]["data/bad"] == 4
     assert rows[-1]["data/caption/short"] + rows[-1]["data/caption/long"] == pytest.approx(1)
     assert abs(rows[-1]["data/caption/short"] - 0.75) < 0.2  # four standard deviations of 76 draws
+
+
+@pytest.mark.slow
+def test_two_processes_report_and_stop_together(tmp_path: Path) -> None:
+    folder = str(spoil(Pictures(24), [3, 8, 13]).write(tmp_path / "shards", 2))
+    ranks = dict(strategy="ddp_fork", devices=2)
+    fit(ShardsData(folder, 4, CHOICE, size=8, max_bad_fraction=0.2), tmp_path / "run", 6, **ranks)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "bad_samples.jsonl").read_text().splitlines()]
+    assert sorted(line["key"] for line in lines) == ["000003", "000008", "000013"]
+    assert lines == sorted(lines, key=lambda line: line["update"])
+    with pytest.raises(Exception, match=r"3 bad samples, more than data.max_bad_fraction=0.1 of 24"):
+        fit(ShardsData(folder, 4, CHOICE, size=8, max_bad_fraction=0.1), tmp_path / "stopped", 6, **ranks)
+    assert len((tmp_path / "stopped" / "bad_samples.jsonl").read_text().splitlines()) == 3
 
 
 def test_too_many_bad_samples_stop_the_run_with_the_report(tmp_path: Path) -> None:
