@@ -306,7 +306,7 @@ def _add(shard: ShardWriter, source: Source, i: int) -> None:
         "hq": record.hq,
         "origin": source.key(i),
     }
-    members = {str(suffix): data, "json": json.dumps(meta, separators=(",", ":"), ensure_ascii=False).encode()}
+    members = {str(suffix): data, "json": _json(meta)}
     shard.add(
         f"{i:09d}",
         members,
@@ -316,6 +316,13 @@ def _add(shard: ShardWriter, source: Source, i: int) -> None:
         scores=record.scores,
         hq=record.hq,
     )
+
+
+def _json(meta: dict[str, Any]) -> bytes:
+    try:
+        return json.dumps(meta, separators=(",", ":"), ensure_ascii=False).encode()
+    except UnicodeEncodeError:  # half a character in some field that we do not use: kept, escaped
+        return json.dumps(meta, separators=(",", ":")).encode()
 
 
 def _png(picture: Image.Image) -> bytes:
