@@ -162,7 +162,7 @@ def test_too_many_bad_samples_stop_the_run_with_the_report(tmp_path: Path) -> No
     with pytest.raises(TooManyBadSamples, match=r"bad samples, more than data.max_bad_fraction=0.1 of \d+ allows"):
         fit(ShardsData(folder, 8, CHOICE, size=8, max_bad_fraction=0.1), tmp_path / "run", 1000)
     assert 50 < len((tmp_path / "run" / "bad_samples.jsonl").read_text().splitlines()) < 60
-    with pytest.raises(TooManyBadSamples, match="10 bad samples, more than data.max_bad_fraction=0.1 of 40"):
+    with pytest.raises(TooManyBadSamples, match=r"10 bad samples, more than data.max_bad_fraction=0.1 of 40"):
         fit(ShardsData(folder, 8, CHOICE, size=8, max_bad_fraction=0.1), tmp_path / "short", 5)
 
 
