@@ -80,33 +80,42 @@ class BadSamples(Callback):
             pl_module.report[f"data/caption/{source}"] = count / captions
 
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
-        """Report what was not exchanged yet, and judge the whole."""
+        """Report what was not exchanged yet."""
         if self._total + self._seen:
-            self._exchange(trainer, trainer.global_step, last=True)
+            self._exchange(trainer, trainer.global_step, judge=False)
 
-    def _exchange(self, trainer: Trainer, step: int, last: bool = False) -> None:
+    def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """Judge the whole of a run that came to its end, when its last checkpoint is written.
+
+        Raises:
+            TooManyBadSamples: on all ranks.
+        """
+        if self._total and not trainer.should_stop:
+            self._judge(trainer, trainer.datamodule, self._bad, self._total, [])  # type: ignore[attr-defined]
+
+    def _exchange(self, trainer: Trainer, step: int, judge: bool = True) -> None:
         """Gather from all ranks, write, and stop if it is too much.
 
         Raises:
             TooManyBadSamples: on all ranks.
         """
         self._exchanged = step
-        counts = torch.tensor([len(self._waiting), self._seen], device=trainer.strategy.root_device)
-        found = [self._waiting]
-        if dist.is_initialized() and trainer.world_size > 1:
+        found, bad, seen = [self._waiting], len(self._waiting), self._seen
+        if trainer.world_size > 1:
+            counts = torch.tensor([bad, seen], device=trainer.strategy.root_device)
             dist.all_reduce(counts)
-            if int(counts[0]):
+            bad, seen = counts.tolist()
+            if bad:
                 found = [[] for _ in range(trainer.world_size)]
                 dist.all_gather_object(found, self._waiting)
-        bad, seen = counts.tolist()
         self._bad, self._total = self._bad + bad, self._total + seen
+        self._waiting, self._seen = [], 0
         entries = sorted(item for part in found for item in part)
         self._write(trainer, entries)
-        self._waiting, self._seen = [], 0
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         data.bad = self._indexed + self._bad
-        of = self._total if last else max(self._total, ENOUGH)
-        self._judge(trainer, data, self._bad, of, [bad for _, bad in entries])
+        if judge:
+            self._judge(trainer, data, self._bad, max(self._total, ENOUGH), [bad for _, bad in entries])
 
     def _write(self, trainer: Trainer, entries: list[tuple[int, Bad]]) -> None:
         if entries and trainer.is_global_zero:

@@ -7,14 +7,15 @@ numpy array without a copy.
 Columns: ``key``; ``shard`` (number of the shard in `Index.shards`); ``image_offset``, ``image_size`` (bytes);
 ``meta_offset``, ``meta_size``; ``width``, ``height`` (pixels as seen, 0 without an image); ``checksum`` and
 ``meta_checksum`` (xxh3_64 of the bytes, 0 unknown); ``hq`` (0 or 1); ``captions``. As the source has them:
-``score.<name>`` (float32, NaN unknown); ``<member>_offset`` and ``<member>_size`` of further members such as "latent"
-or "clip" (size 0: none); ``path`` (file of the sample, where each has its own); ``meta`` (JSON).
+``score.<name>`` (float32, NaN unknown); ``<member>_offset``, ``<member>_size`` and ``<member>_checksum`` of further
+members such as "latent" or "clip" (size 0: none); ``path`` (the sample's own file, if each has one); ``meta`` (JSON).
 """
 
 from __future__ import annotations
 
 import json
 import os
+import secrets
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -53,7 +54,7 @@ class Entry:
     Attributes:
         key, shard, captions, width, height, scores, hq: see the columns above.
         members: name ("image", "meta", "latent", ...) -> (offset, size) in the shard.
-        checksums: "image" and "meta" -> xxh3_64, where known.
+        checksums: name of a member -> xxh3_64 of its bytes, where known.
         path: the sample's own file, instead of a place in a shard.
         meta: JSON of the sample that stands in no member.
     """
@@ -89,6 +90,8 @@ def table(entries: Iterable[Entry]) -> pa.Table:
         places = [row.members.get(name, (0, 0)) for row in rows]
         columns[f"{name}_offset"] = pa.array([place[0] for place in places], pa.int64())
         columns[f"{name}_size"] = pa.array([place[1] for place in places], pa.int64())
+        if name not in ("image", "meta") and any(name in row.checksums for row in rows):
+            columns[f"{name}_checksum"] = pa.array([row.checksums.get(name, 0) for row in rows], pa.uint64())
     for name in sorted({name for row in rows for name in row.scores}):
         values = [row.scores.get(name, float("nan")) for row in rows]
         columns[f"score.{name}"] = pa.array(np.asarray(values, np.float32))
@@ -145,7 +148,7 @@ def serialise(rows: pa.Table, shards: list[dict[str, Any]], facts: Mapping[str, 
 
 def write(path: str | Path, rows: pa.Table, shards: list[dict[str, Any]], facts: Mapping[str, Any]) -> None:
     """Write an index file, beside its place and then renamed."""
-    partial = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.partial")
+    partial = Path(path).with_name(f".{Path(path).name.lstrip('.')}.{secrets.token_hex(4)}.partial")
     try:
         with open(partial, "wb") as file:
             file.write(serialise(rows, shards, facts))
@@ -167,6 +170,7 @@ class Index:
         facts: what the writer said about the whole.
 
     Raises:
+        FileNotFoundError: no such file.
         ValueError: the file is no index, or one of another version.
     """
 
@@ -178,7 +182,9 @@ class Index:
             batch = reader.get_batch(0)
             about = json.loads((reader.schema.metadata or {})[b"sana"])
             version = about["version"]
-        except (pa.ArrowException, KeyError, ValueError, IndexError) as error:
+        except FileNotFoundError:
+            raise
+        except (pa.ArrowException, OSError, KeyError, ValueError, IndexError) as error:
             raise ValueError(f"{self._name}: not an index of samples; delete it to have it made anew") from error
         if version != VERSION:
             raise ValueError(f"{self._name}: an index of version {version}, expected {VERSION}; delete it")

@@ -13,6 +13,7 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from sana.data.caption import Caption
+from sana.data.record import storable
 
 _FIELDS = ("prompt", "caption", "text")
 
@@ -81,9 +82,9 @@ def facts(
     for source, said, score in found:
         said = said.strip()
         try:
-            said.encode()
+            (source + said).encode()
         except UnicodeEncodeError:
-            raise ValueError(f"not UTF-8: a lone surrogate in the caption {source!r}") from None
+            raise ValueError(f"not UTF-8: half a character in the caption {source!r}") from None
         if said:
             kept.append(Caption(source, said, scores.get(source, score)))
     if not kept:
@@ -123,7 +124,9 @@ def _scores(meta: Mapping[str, Any]) -> dict[str, float]:
     given = meta.get("scores")
     found = {name: value for name, value in meta.items() if name.endswith("score")}
     found.update(given if isinstance(given, dict) else {})
-    return {name: value for name in found if (value := number(found[name])) is not None}
+    # A name that is no UTF-8 cannot be a column of the index.
+    fit = (name for name in found if storable(name))
+    return {name: value for name in fit if (value := number(found[name])) is not None}
 
 
 def number(value: Any) -> float | None:

@@ -102,6 +102,11 @@ class Record:
     meta: dict[str, Any] = field(default_factory=dict)
 
 
+def storable(name: str) -> bool:
+    """Whether a name from untrusted bytes is text: no control characters, no halves of characters."""
+    return not any(c < " " or c == "\x7f" or c == "\ufffd" or "\ud800" <= c <= "\udfff" for c in name)
+
+
 def _one_line(text: str, longest: int) -> str:
     """Text from untrusted bytes made fit for a log: printable, one line, not endless."""
     text = "".join(c if c.isprintable() else " " for c in text)

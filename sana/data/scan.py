@@ -63,9 +63,9 @@ def _entry(window: Window, sample: Sample, shard: int, limits: Limits, describe:
     places: dict[str, tuple[int, int]] = {}
     for suffix, place in sample.members.items():
         kind = member_name(suffix)
+        if (kind or suffix == "txt") and place[1] > limits.max_bytes:
+            raise ValueError(f"too many bytes: {place[1]} of {suffix}, more than {limits.max_bytes}")
         if kind and kind not in places:
-            if place[1] > limits.max_bytes:
-                raise ValueError(f"too many bytes: {place[1]} of {suffix}, more than {limits.max_bytes}")
             places[kind] = place
     if not places.keys() - {"meta"}:
         raise ValueError("no image" if not sample.members.keys() & set(IMAGE_SUFFIXES) else "no image: it is empty")

@@ -22,7 +22,7 @@ _SAMPLED = 256
 
 
 class Source:
-    """Samples of one data set.
+    """Samples of one data set. Any process may read one, but only one thread at a time.
 
     Args:
         index: where they lie and what is known about them.
@@ -38,7 +38,10 @@ class Source:
     def __init__(self, index: Index, storage: Storage, limits: Limits, bad: list[BadSample] | None = None) -> None:
         self.index, self.storage, self.limits, self.bad = index, storage, limits, bad or []
         self._shard = index.column("shard")
-        self._checksum, self._meta_checksum = index.column("checksum"), index.column("meta_checksum")
+        self._checksums = {"image": index.column("checksum"), "meta": index.column("meta_checksum")}
+        for member in set(index.members) - self._checksums.keys():
+            if f"{member}_checksum" in index.names:
+                self._checksums[member] = index.column(f"{member}_checksum")
         self._scores = {name: index.column(f"score.{name}") for name in index.scores}
         self._places = {m: (index.column(f"{m}_offset"), index.column(f"{m}_size")) for m in index.members}
         self._own_files = "path" in index.names
@@ -77,7 +80,7 @@ class Source:
             raise self.bad_sample(i, f"unreadable: {type(error).__name__}: {error}") from error
         if len(data) < size:
             raise self.bad_sample(i, f"truncated: {len(data)} of {size} bytes of {member}")
-        known = self._checksum if member == "image" else self._meta_checksum if member == "meta" else None
+        known = self._checksums.get(member)
         if known is not None and known[i] and xxhash.xxh3_64_intdigest(data) != known[i]:
             raise self.bad_sample(i, f"checksum: the bytes of {member} have changed")
         return data
@@ -136,7 +139,7 @@ class Source:
             digest.update(f"{shard['name']}:{shard.get('bytes')};".encode())
         for part in self.index.digest_parts():
             digest.update(part)
-        if len(self) and not self._checksum.all():
+        if len(self) and not self._checksums["image"].all():
             for i in range(0, len(self), max(1, len(self) // _SAMPLED)):
                 try:
                     digest.update(self.read(i, "image"))

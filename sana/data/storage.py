@@ -10,6 +10,7 @@ import fcntl
 import hashlib
 import os
 import re
+import secrets
 import time
 from collections import OrderedDict
 from collections.abc import Callable
@@ -161,6 +162,8 @@ class RemoteFolder:
         if self._pid != os.getpid():  # connections and event loops do not survive a fork
             self._filesystems, self._pid = {}, os.getpid()
         kind = scheme(url)
+        if kind == "file":
+            raise ValueError(f"unsafe url: {url[:80]!r} is a file of this machine, named by data from elsewhere")
         if kind not in self._filesystems:
             try:
                 self._filesystems[kind] = fsspec.filesystem(kind)
@@ -198,12 +201,14 @@ class RemoteFolder:
         names = {str(item["name"]).rstrip("/").rsplit("/", 1)[-1] for item in found if item["type"] not in kinds}
         return sorted(name.split("?")[0] for name in names)
 
-    def download(self, name: str, target: Path) -> None:
-        """The whole file, written beside `target` and then renamed."""
+    def download(self, name: str, target: Path, size: int) -> None:
+        """The whole file of `size` bytes, written beside `target` and then renamed."""
         filesystem, path = self._at(name)
-        partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+        partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
         try:
             _retried(lambda: filesystem.get_file(path, str(partial)))
+            if partial.stat().st_size != size:
+                raise OSError(f"{name}: {partial.stat().st_size} bytes came, {size} were announced")
             os.replace(partial, target)
         finally:
             partial.unlink(missing_ok=True)
@@ -218,7 +223,8 @@ class RemoteFolder:
 class CachedFolder:
     """A remote folder whose files are copied to a local one as a whole when first read.
 
-    Processes share the folder: one copies a file while the others wait for it.
+    Processes share the folder: one copies a file while the others wait for it. A copy is known by its URL and is not
+    compared with the original again: empty the folder when that changes.
     """
 
     def __init__(self, remote: RemoteFolder, folder: Path, limit: int | None = None) -> None:
@@ -239,8 +245,9 @@ class CachedFolder:
             if path.exists():
                 os.utime(path)  # it is wanted: others go before it
             else:
-                self._make_room(self.remote.stat(name).size)
-                self.remote.download(name, path)
+                size = self.remote.stat(name).size
+                self._make_room(size)
+                self.remote.download(name, path, size)
 
     def _make_room(self, size: int) -> None:
         if self.limit is None:

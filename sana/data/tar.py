@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
+from sana.data.record import storable
 from sana.data.storage import Storage
 
 BLOCK = 512
@@ -164,8 +165,8 @@ def member_name(suffix: str) -> str | None:
 def _fault(name: str) -> str:
     if name.startswith(("/", "\\")) or ".." in re.split(r"[/\\]", name) or re.match(r"[A-Za-z]:", name):
         return "unsafe name: it leads out of the folder"
-    if "\ufffd" in name or not name.isprintable():
-        return "unsafe name: it is not printable UTF-8"
+    if not storable(name):
+        return "unsafe name: it is not plain UTF-8"
     if name.rpartition(".")[2].lower() in _PICKLES:
         return "pickle: such a member could run code when it is read"
     return ""

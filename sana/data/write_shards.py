@@ -20,18 +20,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from sana.data.decode import decode_picture, image_format
-from sana.data.formats.own import index_name
+from sana.data.formats.own import index_name, task_name
 from sana.data.index import Index, join, write
 from sana.data.record import BadSample
 from sana.data.shard_writer import PARTIAL, ShardWriter
 from sana.data.source import Source
 
 BAD = "bad_samples.jsonl"
+WIDS = "wids-meta.json"
 LOCK = ".lock"
 _PIECE = ".piece.arrow"
 _REPORT_EVERY = 50  # images between two reports of progress
@@ -91,9 +93,9 @@ def write_shards(
         _check_folder(folder, split, task)
         names = [f"{split}-{i:06d}.tar" for i in range(-(-len(source) // shard_size))]
         if not (folder / index_name(split)).exists():
-            for stale in folder.glob(f".{split}-*{PARTIAL}"):  # of a process that was killed: we have the lock
+            for stale in folder.glob(f".{split}[-.]*{PARTIAL}"):  # of a process that was killed: we have the lock
                 stale.unlink()
-            (folder / _task_name(split)).write_text(json.dumps(task))
+            _write_text(folder / task_name(split), json.dumps(task))
             missing = [i for i, name in enumerate(names) if _piece(folder, name) is None]
             ranges = [(i, names[i], i * shard_size, min((i + 1) * shard_size, len(source))) for i in missing]
             _write_all(source, folder, ranges, min(workers, max(1, len(missing))), progress, split)
@@ -110,14 +112,27 @@ def _finish(source: Source, folder: Path, split: str, names: list[str], task: di
     bad += [reasons for index in parts for reasons in index.facts["bad"]]
     shards = [index.shards[0] for index in parts]
     if not any(shard["count"] for shard in shards):
+        for name in names:
+            (folder / name).unlink(missing_ok=True)
+            _piece_path(folder, name).unlink(missing_ok=True)
+        (folder / task_name(split)).unlink()
         raise ValueError(f"no image of the source can be used; the first is {': '.join(bad[0])}")
     rows = join([index.rows() for index in parts])
     facts = {"kind": "own", "task": task, "bad": bad}
     _write_bad(folder, split, bad)
+    if split == "train":
+        _write_wids(folder, shards)
     write(folder / index_name(split), rows, shards, facts)
     for name in names:
         _piece_path(folder, name).unlink(missing_ok=True)
-    (folder / _task_name(split)).unlink(missing_ok=True)
+    (folder / task_name(split)).unlink(missing_ok=True)
+
+
+def _write_wids(folder: Path, shards: list[dict[str, Any]]) -> None:
+    """The list of shards that SANA's released reader wants, so that it can read ours."""
+    listed = [{"url": shard["name"], "nsamples": shard["count"], "filesize": shard["bytes"]} for shard in shards]
+    about = {"name": "train", "wids_version": 1, "shardlist": listed}
+    _write_text(folder / WIDS, json.dumps(about, indent=1) + "\n")
 
 
 def _write_bad(folder: Path, split: str, bad: list[list[str]]) -> None:
@@ -126,13 +141,13 @@ def _write_bad(folder: Path, split: str, bad: list[list[str]]) -> None:
     lines = path.read_text().splitlines() if path.exists() else []
     kept = [line for line in lines if json.loads(line)["split"] != split]
     mine = [json.dumps({"split": split, "shard": s, "key": k, "reason": r}) for s, k, r in bad]
-    partial = folder / f".{BAD}{PARTIAL}"
-    partial.write_text("".join(line + "\n" for line in [*kept, *mine]))
+    _write_text(path, "".join(line + "\n" for line in [*kept, *mine]))
+
+
+def _write_text(path: Path, text: str) -> None:
+    partial = path.with_name(f".{path.name.lstrip('.')}{PARTIAL}")
+    partial.write_text(text)
     os.replace(partial, path)
-
-
-def _task_name(split: str) -> str:
-    return f".{split}.task.json"
 
 
 def _piece_path(folder: Path, name: str) -> Path:
@@ -156,8 +171,8 @@ def _check_folder(folder: Path, split: str, task: dict[str, Any]) -> None:
         raise FileExistsError(f"{folder} is a file: give a folder for the shards")
     if (folder / index_name(split)).exists():
         found = Index(folder / index_name(split)).facts.get("task")
-    elif (folder / _task_name(split)).exists():
-        found = json.loads((folder / _task_name(split)).read_text())
+    elif (folder / task_name(split)).exists():
+        found = json.loads((folder / task_name(split)).read_text())
     else:
         strangers = sorted(path.name for path in folder.glob(f"{split}-*.tar"))
         if strangers:
@@ -286,11 +301,12 @@ def _add(shard: ShardWriter, source: Source, i: int) -> None:
         "captions": captions,
         "width": picture.width,
         "height": picture.height,
-        "scores": record.scores,
+        # The index keeps 32 bits: written with as many digits as these have.
+        "scores": {name: float(str(np.float32(score))) for name, score in record.scores.items()},
         "hq": record.hq,
         "origin": source.key(i),
     }
-    members = {str(suffix): data, "json": json.dumps(meta, separators=(",", ":"), ensure_ascii=False).encode()}
+    members = {str(suffix): data, "json": _json(meta)}
     shard.add(
         f"{i:09d}",
         members,
@@ -300,6 +316,13 @@ def _add(shard: ShardWriter, source: Source, i: int) -> None:
         scores=record.scores,
         hq=record.hq,
     )
+
+
+def _json(meta: dict[str, Any]) -> bytes:
+    try:
+        return json.dumps(meta, separators=(",", ":"), ensure_ascii=False).encode()
+    except UnicodeEncodeError:  # half a character in some field that we do not use: kept, escaped
+        return json.dumps(meta, separators=(",", ":")).encode()
 
 
 def _png(picture: Image.Image) -> bytes:

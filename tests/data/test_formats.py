@@ -406,6 +406,34 @@ def test_damaged_and_foreign_tables(tmp_path: Path) -> None:
         open_source(tmp_path / "u.parquet")
 
 
+def test_names_that_are_no_text(tmp_path: Path) -> None:
+    raw = os.fsencode(tmp_path)
+    for name in (b"caf\xe9", b"line\nbreak", b"fine"):
+        with open(raw + b"/" + name + b".png", "wb") as file:
+            file.write(png(0))
+        with open(raw + b"/" + name + b".json", "wb") as file:
+            file.write(b'{"prompt": "p", "note": "\\ud800", "a\\ud800score": 1}')
+    source = open_source(tmp_path)
+    assert [source.key(i) for i in range(len(source))] == ["fine.png"]
+    assert [bad.kind for bad in source.bad] == ["unsafe name", "unsafe name"]
+    assert source.record(0).scores == {}
+    write_shards(source, tmp_path / "dst", workers=1, progress=False)
+    assert open_source(tmp_path / "dst").record(0).meta["note"] == "\ud800"
+    rows = [{"path": "fine.png", "prompt": "p", "captions": {"a\ud800": "x"}}, {"path": "\ud800.png", "prompt": "p"}]
+    rows += [{"path": "a\0b.png", "prompt": "p"}, {"path": "x" * 999, "prompt": "p"}, {"path": "dst", "prompt": "p"}]
+    (tmp_path / "t.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    with pytest.raises(ValueError, match=r"no sample that can be used"):
+        write_shards(open_source(tmp_path / "t.jsonl"), tmp_path / "no", workers=1, progress=False)
+    found = [bad.kind for bad in open_source(tmp_path / "t.jsonl").bad]
+    assert found == ["not UTF-8", "unsafe name", "unsafe name", "unreadable", "unreadable"]
+
+
+def test_a_csv_with_an_endless_field(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text('path,prompt\n0.png,"' + "x" * 200_000)
+    with pytest.raises(ValueError, match=r"t\.csv: no readable csv"):
+        open_source(tmp_path)
+
+
 # ---- remote --------------------------------------------------------------------------------------------------------
 
 

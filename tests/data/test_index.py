@@ -26,7 +26,16 @@ ENTRIES = [
         {"image": (512, 100), "meta": (1024, 7)},
         {"image": 2**64 - 1, "meta": 5},
     ),
-    Entry("b", 1, (Caption("prompt", "b"),), 3, 2, members={"image": (512, 9), "clip": (2048, 11)}, meta='{"x":1}'),
+    Entry(
+        "b",
+        1,
+        (Caption("prompt", "b"),),
+        3,
+        2,
+        members={"image": (512, 9), "clip": (2048, 11)},
+        checksums={"clip": 7},
+        meta='{"x":1}',
+    ),
     Entry("c", 1, (), scores={"aesthetic": 5.5}, path="sub/c.png"),
 ]
 SHARDS = [{"name": "0.tar", "bytes": 10}, {"name": "1.tar", "bytes": 20}]
@@ -41,6 +50,7 @@ def check(index: Index) -> None:
     assert index.column("meta_checksum").tolist() == [5, 0, 0]
     assert index.column("image_offset").tolist() == [512, 512, 0]
     assert index.column("clip_size").tolist() == [0, 11, 0]
+    assert index.column("clip_checksum").tolist() == [0, 7, 0]
     assert index.column("hq").tolist() == [1, 0, 0]
     assert index.column("width").tolist() == [640, 3, 0]
     assert sorted(index.scores) == ["aesthetic", "clip"]

@@ -24,7 +24,10 @@ from sana.data.caption import Proportion
 from sana.data.module import ShardsData
 from sana.data.stream import Filter
 from sana.model.base import Optimisation, Recipe, weighted_mean
+from sana.run.build import build
+from sana.run.error import ConfigError
 from sana.run.inspect import inspect
+from sana.run.saved import prepare
 from sana.types import Batch
 
 CHOICE = Proportion({"short": 3.0, "long": 1.0})
@@ -57,8 +60,8 @@ class Brightness(Recipe):
         self.finish_batch(len(batch.key))
 
 
-def fit(data: ShardsData, folder: Path, steps: int, resume: Path | None = None, recipe: Recipe | None = None) -> Any:
-    recipe = recipe or Brightness(data.accumulate)
+def fit(data: ShardsData, folder: Path, steps: int, resume: Path | None = None, **more: Any) -> Any:
+    recipe = Brightness(data.accumulate)
     folder.mkdir(exist_ok=True)
     trainer = Trainer(
         max_steps=steps,
@@ -68,7 +71,9 @@ def fit(data: ShardsData, folder: Path, steps: int, resume: Path | None = None, 
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        callbacks=[BadSamples(), Records(1), Checkpoints(every=100)],
+        use_distributed_sampler=False,
+        callbacks=[BadSamples(every=2), Records(1), Checkpoints(every=100)],
+        **more,
     )
     trainer.fit(recipe, datamodule=data, ckpt_path=resume)
     return recipe
@@ -139,12 +144,25 @@ def test_bad_samples_are_reported_and_the_run_goes_on(tmp_path: Path) -> None:
     assert abs(rows[-1]["data/caption/short"] - 0.75) < 0.2  # four standard deviations of 76 draws
 
 
+@pytest.mark.slow
+def test_two_processes_report_and_stop_together(tmp_path: Path) -> None:
+    folder = str(spoil(Pictures(24), [3, 8, 13]).write(tmp_path / "shards", 2))
+    ranks = dict(strategy="ddp_fork", devices=2)
+    fit(ShardsData(folder, 4, CHOICE, size=8, max_bad_fraction=0.2), tmp_path / "run", 6, **ranks)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "bad_samples.jsonl").read_text().splitlines()]
+    assert sorted(line["key"] for line in lines) == ["000003", "000008", "000013"]
+    assert lines == sorted(lines, key=lambda line: line["update"])
+    with pytest.raises(Exception, match=r"3 bad samples, more than data.max_bad_fraction=0.1 of 24"):
+        fit(ShardsData(folder, 4, CHOICE, size=8, max_bad_fraction=0.1), tmp_path / "stopped", 6, **ranks)
+    assert len((tmp_path / "stopped" / "bad_samples.jsonl").read_text().splitlines()) == 3
+
+
 def test_too_many_bad_samples_stop_the_run_with_the_report(tmp_path: Path) -> None:
     folder = str(spoil(Pictures(40), list(range(0, 40, 4))).write(tmp_path / "shards", 3))
     with pytest.raises(TooManyBadSamples, match=r"bad samples, more than data.max_bad_fraction=0.1 of \d+ allows"):
         fit(ShardsData(folder, 8, CHOICE, size=8, max_bad_fraction=0.1), tmp_path / "run", 1000)
     assert 50 < len((tmp_path / "run" / "bad_samples.jsonl").read_text().splitlines()) < 60
-    with pytest.raises(TooManyBadSamples, match="10 bad samples, more than data.max_bad_fraction=0.1 of 40"):
+    with pytest.raises(TooManyBadSamples, match=r"10 bad samples, more than data.max_bad_fraction=0.1 of 40"):
         fit(ShardsData(folder, 8, CHOICE, size=8, max_bad_fraction=0.1), tmp_path / "short", 5)
 
 
@@ -181,3 +199,24 @@ def test_inspection_names_what_training_will_meet(tmp_path: Path) -> None:
     (line,) = (tmp_path / "out" / "inspect_bad_samples.jsonl").read_text().splitlines()
     assert json.loads(line)["key"] == "000005"
     assert (tmp_path / "out" / "inspect.png").exists()
+
+
+def test_the_configuration_reaches_the_data(tmp_path: Path) -> None:
+    places = [str(Pictures(8, [(8, 8), (8, 16)], seed=k).write(tmp_path / str(k), 1)) for k in range(2)]
+    overrides = [
+        "data=shards", f"data.folder=[{','.join(places)}]", "data.weights=[3,1]",
+        "data.filter.scores={aesthetic: 5.0}",
+        "data.filter.min_side=8", "data.batch_size=4", "data.limits.max_pixels=100",
+        "data.buckets={_target_: sana.data.bucket.by_area, area: 128, step: 8, min_ratio: 0.5, max_ratio: 2.0}",
+    ]  # fmt: skip
+    data = build(prepare("train", overrides).config.data, "data")
+    assert data.folders == places
+    assert data.weights == [3, 1]
+    assert (8, 16) in data.buckets.sizes
+    with pytest.raises(ValueError, match="no sample has a score 'aesthetic'"):
+        data.planner()
+    with pytest.raises(ConfigError, match="/none does not exist"):
+        prepare("train", ["data=shards", f"data.folder=[{places[0]},/none]"])
+    prepare("train", ["data=shards", "data.folder=https://example.org/shards"])
+    with pytest.raises(ConfigError, match=r"data\.filter\.min_sides: unknown key"):
+        prepare("train", ["data=shards", f"data.folder={places[0]}", "data.filter.min_sides=1"])

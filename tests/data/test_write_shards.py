@@ -74,6 +74,7 @@ def test_what_is_written_is_read(made: tuple[Path, Path]) -> None:
         "train-000001.tar",
         "train-000002.tar",
         "train.index.arrow",
+        "wids-meta.json",
     ]
     assert len(own) == COUNT
     assert own.index.facts["kind"] == "own"
@@ -107,6 +108,40 @@ def test_webdataset_reads_them(made: tuple[Path, Path]) -> None:
         assert meta == own.record(i).meta
 
 
+def test_the_released_reader_finds_them(made: tuple[Path, Path]) -> None:
+    listed = json.loads((made[1] / "wids-meta.json").read_text())["shardlist"]
+    assert [(shard["url"], shard["nsamples"]) for shard in listed] == [
+        (f"train-{i:06d}.tar", n) for i, n in enumerate((10, 9, 4))
+    ]
+    own, theirs = open_source(made[1]), open_source(made[1] / "wids-meta.json")
+    assert [theirs.key(i) for i in range(COUNT)] == [own.key(i) for i in range(COUNT)]
+    for i in range(COUNT):
+        meta = theirs.record(i).meta  # what that reader needs of every sample
+        assert meta["prompt"]
+        assert (meta["height"], meta["width"]) == own.image(i).shape[:2]
+
+
+def test_script_says_what_is_wrong(tmp_path: Path) -> None:
+    def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "scripts/make_shards.py", "images", *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True)
+
+    (tmp_path / "a.png").write_bytes(png(0))
+    (tmp_path / "a.txt").write_text("a")
+    (tmp_path / "b.png").write_bytes(b"not one" * 9)
+    (tmp_path / "b.txt").write_text("b")
+    for arguments in ((tmp_path, tmp_path), (tmp_path / "none", tmp_path / "dst")):
+        done = run(*arguments)
+        assert done.returncode == 1
+        assert done.stderr.startswith("make_shards: ")
+        assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "dst").exists()
+    done = run(tmp_path, tmp_path / "dst", "--workers", "1")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("1 images in 1 shards: ")
+    assert "1 left out, see" in done.stdout
+
+
 def test_the_report(made: tuple[Path, Path]) -> None:
     lines = [json.loads(line) for line in (made[1] / "bad_samples.jsonl").read_text().splitlines()]
     assert [(line["split"], line["shard"], line["reason"].split(":")[0]) for line in lines] == [
@@ -133,8 +168,8 @@ def test_same_bytes_with_more_workers_and_after_a_stop(
     monkeypatch.setattr(writing, "write_shard", stop_at_second)
     with pytest.raises(KeyboardInterrupt):
         write_shards(source, tmp_path / "stopped", shard_size=10, workers=1, progress=False)
-    with pytest.raises(FileNotFoundError):
-        open_source(tmp_path / "stopped", "val")
+    with pytest.raises(ValueError, match=r"split 'train' is not complete; run the same make_shards\.py"):
+        open_source(tmp_path / "stopped")
     (tmp_path / "stopped" / ".train-000001.tar.partial").write_bytes(b"half")
     calls.append(0)
     write_shards(source, tmp_path / "stopped", shard_size=10, workers=1, progress=False)
@@ -176,6 +211,7 @@ def test_refusals(made: tuple[Path, Path], tmp_path: Path) -> None:
     (other / "x.png").write_bytes(png(1)[:60])
     with pytest.raises(ValueError, match=r"no image of the source can be used; the first is x\.png: x: corrupt image"):
         write_shards(open_source(other), tmp_path / "none", workers=1, progress=False)
+    assert [path.name for path in (tmp_path / "none").iterdir()] == [".lock"]
     (other / "x.txt").unlink()
     with pytest.raises(ValueError, match=r"no sample that can be used; 1 bad ones, such as x.png/x: no caption"):
         write_shards(open_source(other), tmp_path / "new", workers=1, progress=False)

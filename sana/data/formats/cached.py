@@ -5,16 +5,21 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable
+import secrets
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
+from rich.console import Console
+from rich.progress import track
 
 from sana.data.index import VERSION, Index, join, serialise, table
 from sana.data.record import BadSample, Limits
 from sana.data.storage import LocalFolder, Storage
+
+T = TypeVar("T")
 
 Made = tuple[list[pa.Table], list[dict[str, Any]], list[BadSample]]
 """Rows in pieces, shards, and bad samples."""
@@ -61,13 +66,20 @@ def cached_index(
     return Index(data), bad
 
 
+def reading(things: list[T], what: str) -> Iterator[T]:
+    """The things one after another, with a bar on a terminal: making an index of many takes minutes."""
+    console = Console(stderr=True)
+    shown = console.is_terminal and len(things) > 1
+    return iter(track(things, f"reading {what} once", console=console, transient=True, disable=not shown))
+
+
 def cache_folder() -> Path:
     """Where indexes go whose data lie in a read-only or remote place: ``$XDG_CACHE_HOME/sana-lab/index``."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sana-lab" / "index"
 
 
 def _replace(place: Path, data: pa.Buffer) -> None:
-    partial = place.with_name(f".{place.name.lstrip('.')}.{os.getpid()}.partial")
+    partial = place.with_name(f".{place.name.lstrip('.')}.{secrets.token_hex(4)}.partial")
     try:
         with open(partial, "wb") as file:
             file.write(data)

@@ -15,10 +15,10 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 
 from sana.data.caption import Caption
-from sana.data.formats.cached import Made, cached_index
+from sana.data.formats.cached import Made, cached_index, reading
 from sana.data.index import Entry, table
 from sana.data.metadata import Facts, facts, number, parse_json, parse_text
-from sana.data.record import BadSample, Limits
+from sana.data.record import BadSample, Limits, storable
 from sana.data.scan import head_size
 from sana.data.source import Source
 from sana.data.storage import LocalFolder, Storage, scheme
@@ -38,6 +38,8 @@ def _entry(storage: Storage, path: str, key: str, said: Facts, meta: Mapping[str
     Raises:
         ValueError: with the reason for which it cannot be used.
     """
+    if not storable(path):
+        raise ValueError("unsafe name: it is not plain UTF-8")
     try:
         if scheme(path) and isinstance(storage, LocalFolder):
             raise ValueError(f"unsafe url: {path[:80]!r} in a local table; give paths, or put the table there too")
@@ -104,7 +106,7 @@ def open_images(storage: Storage, limits: Limits) -> Source:
 
     def make() -> Made:
         entries, bad, seen = [], [], {}
-        for path in images:
+        for path in reading(images, "images"):
             key = path.rpartition(".")[0]
             try:
                 if seen.setdefault(key, path) != path:
@@ -115,6 +117,8 @@ def open_images(storage: Storage, limits: Limits) -> Source:
                 entries.append(_entry(storage, path, key, said, meta, limits))
             except ValueError as error:
                 bad.append(BadSample(path, key, str(error)))
+            except OSError as error:
+                bad.append(BadSample(path, key, f"unreadable: {type(error).__name__}: {error}"))
         return _made(entries, bad)
 
     stamps = ([path, facts.st_size, facts.st_mtime_ns] for path, facts in files.items())
@@ -140,7 +144,7 @@ def open_published(storage: Storage, limits: Limits) -> Source:
             key = _stem(listed_name)
             path = listed_name if key != listed_name else f"{listed_name}.png"
             try:
-                if ".." in PurePosixPath(path).parts or path.startswith("/"):
+                if ".." in PurePosixPath(path).parts or path.startswith("/") or not storable(path):
                     raise ValueError("unsafe name: it leads out of the folder")
                 if key in seen:
                     raise ValueError("duplicate key: it is listed twice")
@@ -153,6 +157,8 @@ def open_published(storage: Storage, limits: Limits) -> Source:
                 entries.append(_entry(storage, path, key, said, {}, limits))
             except FileNotFoundError:
                 bad.append(BadSample(path, key, "no caption"))
+            except OSError as error:
+                bad.append(BadSample(path, key, f"unreadable: {type(error).__name__}: {error}"))
             except ValueError as error:
                 bad.append(BadSample(path, key, str(error)))
         return _made(entries, bad)
@@ -247,8 +253,11 @@ def _rows(name: str, data: bytes) -> Iterator[tuple[int, dict[str, Any] | ValueE
             text = parse_text(data)
         except ValueError as error:
             raise ValueError(f"{name}: {error}; a csv is UTF-8") from None
-        for line, row in enumerate(csv.DictReader(io.StringIO(text, newline="")), 1):
-            yield line, {column: _typed(column, value) for column, value in row.items() if column}
+        try:
+            for line, row in enumerate(csv.DictReader(io.StringIO(text, newline="")), 1):
+                yield line, {column: _typed(column, value) for column, value in row.items() if column}
+        except csv.Error as error:
+            raise ValueError(f"{name}: no readable csv: {error}") from None
     else:
         for line, body in enumerate(data.split(b"\n"), 1):
             if body.strip():

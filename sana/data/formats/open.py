@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from sana.data.formats.files import META_DATA, TABLES, open_images, open_published, open_table
-from sana.data.formats.own import index_name, open_own
+from sana.data.formats.own import index_name, open_own, task_name
 from sana.data.formats.tars import WIDS, open_tars, open_wids, tars_of_split
 from sana.data.record import Limits
 from sana.data.source import Source
@@ -60,6 +60,8 @@ def _open_folder(storage: Storage, split: str, limits: Limits) -> Source:
     names = storage.names()
     if _has(storage, names, index_name(split)):
         return open_own(storage, split, limits)
+    if task_name(split) in names:
+        raise ValueError(f"{storage.root}: split {split!r} is not complete; run the same make_shards.py command again")
     if split == "train" and _has(storage, names, WIDS):
         return open_wids(storage, WIDS, limits)
     if split == "train" and META_DATA in names:

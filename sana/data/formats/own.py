@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import secrets
 from pathlib import Path
 
 from sana.data.formats.cached import cache_folder
@@ -16,6 +17,11 @@ from sana.data.storage import LocalFolder, Storage
 def index_name(split: str) -> str:
     """File name of a split's index."""
     return f"{split}.index.arrow"
+
+
+def task_name(split: str) -> str:
+    """File that is there while a split is being written, and after a stop until the writer is called again."""
+    return f".{split}.task.json"
 
 
 def open_own(storage: Storage, split: str, limits: Limits) -> Source:
@@ -45,7 +51,7 @@ def _downloaded(storage: Storage, name: str) -> Path:
     path = cache_folder() / f"{digest[:24]}.arrow"
     if not path.exists() or path.stat().st_size != facts.size:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
         try:
             partial.write_bytes(storage.read(name))
             os.replace(partial, path)

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from sana.data.formats.cached import Made, cached_index
+from sana.data.formats.cached import Made, cached_index, reading
 from sana.data.formats.files import longest_stems
 from sana.data.index import table
 from sana.data.metadata import Facts, facts, number, parse_json
@@ -21,7 +21,7 @@ _OTHER_SPLITS = ("val", "valid", "validation", "test", "eval", "train")
 
 def tars_of_split(names: list[str], split: str) -> list[str]:
     """The tars that belong to a split: those that begin with its name; for "train" else those of no other split."""
-    tars = [name for name in names if name.endswith(".tar")]
+    tars = [name for name in names if name.endswith(".tar") and not name.startswith(".")]
     mine = [name for name in tars if re.match(rf"{re.escape(split)}([-_.]|$)", name)]
     if mine or split != "train":
         return mine
@@ -138,7 +138,7 @@ def _safe(url: str, storage: Storage) -> str:
 
 def _scan(storage: Storage, names: list[str], limits: Limits, describe: Any, *, last_dot: bool) -> Made:
     pieces, shards, bad = [], [], []
-    for name in names:
+    for name in reading(names, "shards"):
         try:
             entries, unfit = scan_tar(
                 storage, name, len(shards), limits, describe=describe and describe(name), last_dot=last_dot
