@@ -100,6 +100,9 @@ def write_shards(
             ranges = [(i, names[i], i * shard_size, min((i + 1) * shard_size, len(source))) for i in missing]
             _write_all(source, folder, ranges, min(workers, max(1, len(missing))), progress, split)
             _finish(source, folder, split, names, task)
+        for name in names:  # needed no more once the index is there, also if the call that wrote it was killed
+            _piece_path(folder, name).unlink(missing_ok=True)
+        (folder / task_name(split)).unlink(missing_ok=True)
         index = Index(folder / index_name(split))
     return Written(index.shards, len(index), [BadSample(*reasons) for reasons in index.facts["bad"]])
 
@@ -123,9 +126,6 @@ def _finish(source: Source, folder: Path, split: str, names: list[str], task: di
     if split == "train":
         _write_wids(folder, shards)
     write(folder / index_name(split), rows, shards, facts)
-    for name in names:
-        _piece_path(folder, name).unlink(missing_ok=True)
-    (folder / task_name(split)).unlink(missing_ok=True)
 
 
 def _write_wids(folder: Path, shards: list[dict[str, Any]]) -> None:
