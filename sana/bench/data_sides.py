@@ -111,7 +111,7 @@ def litdata(folder: Path, size: int, batch: int, workers: int) -> Batches:
     class Data(ld.StreamingDataset):
         def __getitem__(self, index: Any) -> Any:
             image, meta = super().__getitem__(index)
-            return one(image, meta, size)
+            return one(bytes(image), bytes(meta), size)  # it gives views
 
     data = Data(str(folder / "litdata"), shuffle=True, drop_last=True, seed=SEED)
     made = ld.StreamingDataLoader(
