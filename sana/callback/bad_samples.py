@@ -11,13 +11,14 @@ import torch
 import torch.distributed as dist
 from lightning import Callback, Trainer
 
+from sana.run.error import ConfigError
 from sana.types import Bad, Batch
 
 ENOUGH = 500
 """Samples from which on a part of them is taken to be the part of all."""
 
 
-class TooManyBadSamples(RuntimeError):
+class TooManyBadSamples(ConfigError):
     """More of the data cannot be read than `data.max_bad_fraction` allows."""
 
 

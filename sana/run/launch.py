@@ -103,7 +103,7 @@ def launch(entry: str, task: Task, arguments: Sequence[str] | None = None) -> in
         arguments: the command line, sys.argv's where None.
 
     Returns:
-        The exit code: 0, 2 for what could not start (one line on stderr), 130 after ctrl-C. Other errors are
+        The exit code: 0, 2 for what could not start or be read (one line on stderr), 130 after ctrl-C. Other errors are
             raised.
     """
     try:

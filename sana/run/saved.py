@@ -154,13 +154,14 @@ def _check_places(composed: Composed) -> None:
         origin = composed.origin(("quant",))
         raise ConfigError(f"quant: training is in full precision; quantise for sample.py and eval.py ({origin})")
     key = EXISTING.get(values["data"]["_target_"])
-    places = values["data"][key] if key is not None else []
-    for place in [places] if isinstance(places, str) else places:
-        if "://" not in place and not Path(place).exists():
-            raise ConfigError(
-                f"data.{key}: {place} does not exist; give a folder of images or of WebDataset shards "
-                f"({composed.origin(('data', key))})"
-            )
+    if key is not None:
+        places = values["data"][key]
+        for place in [places] if isinstance(places, str) else places:
+            if "://" not in place and not Path(place).exists():
+                raise ConfigError(
+                    f"data.{key}: {place} does not exist; give a folder of images or of WebDataset shards "
+                    f"({composed.origin(('data', key))})"
+                )
     if values["resume"] is not None:
         find_checkpoint(values["resume"], key="resume")
     directory = values["run"]["dir"]
