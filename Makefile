@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 RUN ?= runs/demo
 
-.PHONY: setup demo test check lint lock clean
+.PHONY: setup demo test slow check lint lock clean
 
 setup: $(STAMP)  ## make .venv with exactly what requirements.lock names
 
@@ -20,7 +20,10 @@ demo: setup  ## train the tiny recipe, judge it, draw, and write a report
 	@$(BIN)/python scripts/demo.py
 
 test: setup  ## every test that fits on two CPU cores
-	$(BIN)/python -m pytest -q -n 2 --durations=10
+	$(BIN)/python -m pytest -q -n 2 --durations=10 -m "not full_size"
+
+slow: setup  ## the tests at published sizes, one after the other: some six minutes, 8 GiB
+	$(BIN)/python -m pytest -q -m full_size
 
 lint: setup
 	$(BIN)/ruff check .

@@ -101,6 +101,7 @@ def decode_in_child(px: int, budget: float, path: Path) -> dict:
 
 
 @pytest.mark.slow
+@pytest.mark.full_size
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="resident memory is counted differently elsewhere")
 @pytest.mark.parametrize(("px", "budget"), [(768, 2.0), (1024, 2.5)])
 def test_full_size_decoding_stays_within_the_plan(tmp_path: Path, px: int, budget: float) -> None:

@@ -49,7 +49,7 @@ def losses(out: Path) -> list[float]:
 
 
 def train(out: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    brief = ["trainer.max_steps=3", "callback.records.every=1", "callback.samples=null", "callback.validation=null"]
+    brief = ["trainer.max_steps=3", "trainer.precision=32-true", "callback.records.every=1", "callback.samples=null", "callback.validation=null"]
     return run("train.py", *words, *brief, f"run.dir={out}")
 
 
@@ -76,7 +76,8 @@ def test_caches_of_any_making_are_the_same_and_train_the_same(shards: Path, tmp_
     stale = train(tmp_path / "stale", *settings(shards, tmp_path / "a", *required))
     assert stale.returncode != 0
     assert "dtype is float16 there, float32 here" in stale.stderr
-    run("scripts/precompute.py", "cache=[latents,text]", *settings(shards, tmp_path / "a", "data.cache_dtype=float32"))
+    exact = ["data.cache_dtype=float32", "trainer.precision=32-true"]
+    run("scripts/precompute.py", "cache=[latents,text]", *settings(shards, tmp_path / "a", *exact))
     cached = train(tmp_path / "cached", *settings(shards, tmp_path / "a", *required))
     assert cached.returncode == 0, cached.stderr
     assert len(losses(tmp_path / "plain")) == 3

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from diffusers import AutoencoderDC, DPMSolverMultistepScheduler, SanaPipeline, SanaTransformer2DModel
 from PIL import Image
 
@@ -83,9 +84,11 @@ def run(tmp_path_factory):
     from sana.encoder.autoencoder.dc_ae import save
 
     save(module.frozen.autoencoder, autoencoder)
-    text = (folder / "config.yaml").read_text()
-    assert "weights: null" in text
-    (folder / "config.yaml").write_text(text.replace("weights: null", f"weights: {autoencoder}"))
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    for node in (config["encoder"]["autoencoder"], config["model"]["autoencoder"]):
+        assert node["weights"] is None
+        node["weights"] = str(autoencoder)
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
     (folder / "checkpoints").mkdir()
     content = {"state_dict": module.state_dict(), "updates": {"network": 3}, "ema": {}}
     torch.save(content, folder / "checkpoints" / "step_00000003.ckpt")

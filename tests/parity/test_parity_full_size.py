@@ -39,6 +39,7 @@ def available_gib() -> float:
 
 
 @pytest.mark.slow
+@pytest.mark.full_size
 @pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="does not know how much memory is free")
 def test_a_picture_of_the_full_size_0_6b() -> None:
     if available_gib() < NEEDED:
