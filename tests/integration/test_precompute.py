@@ -49,7 +49,8 @@ def losses(out: Path) -> list[float]:
 
 
 def train(out: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    brief = ["trainer.max_steps=3", "trainer.precision=32-true", "callback.records.every=1", "callback.samples=null", "callback.validation=null"]
+    brief = ["trainer.max_steps=3", "trainer.precision=32-true"]
+    brief += ["callback.records.every=1", "callback.samples=null", "callback.validation=null"]
     return run("train.py", *words, *brief, f"run.dir={out}")
 
 
