@@ -237,7 +237,9 @@ class Sana(nn.Module):
     ) -> tuple[Float[Tensor, "b n d"], State]:
         """Tokens and state after block i."""
         raw, kv = (None, text.text_kv[i]) if isinstance(text, Prepared) else (text, None)
-        arguments = (tokens, ctx, i, raw, kv, None if state is None else state[i])
+        vectors = None if ctx.vectors is None else ctx.vectors[:, :, i]
+        edits = (i in ctx.edits.identity_attention, ctx.edits.residual.get(i))
+        arguments = (tokens, ctx, raw, kv, None if state is None else state[i], vectors, *edits)
         if self.checkpoint_every and i % self.checkpoint_every == 0 and torch.is_grad_enabled():
             return checkpoint(self.blocks[i], *arguments, use_reentrant=False)
         return self.blocks[i](*arguments)

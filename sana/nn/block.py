@@ -104,35 +104,37 @@ class Block(nn.Module):
         self,
         x: Float[Tensor, "b n d"],
         ctx: Context,
-        layer: int,
         text: Float[Tensor, "b l d"] | None = None,
         text_kv: Float[Tensor, "b l 2*d"] | None = None,
         state: State = None,
+        vectors: Float[Tensor, "b f 6 d"] | None = None,
+        identity: bool = False,
+        residual: Float[Tensor, "b n d"] | None = None,
     ) -> tuple[Float[Tensor, "b n d"], State]:
-        """One layer over one chunk.
+        """One layer over one chunk. It is not told which one: so one compiled graph serves all blocks of a network.
 
         Args:
             x: tokens.
             ctx: shared by all layers of this pass.
-            layer: index of this block in the network, the key of ctx.edits.
             text: embedded caption; its keys and values are computed here, so that activation checkpointing drops them.
             text_kv: or these, from `prepare`.
             state: what this block returned for the preceding chunk; None for the first.
+            vectors: this block's adaLN vectors where they are known; None: its table is added to ctx.modulation.
+            identity: self-attention returns its values (`Edits.identity_attention`).
+            residual: added to the tokens after this layer (`Edits.residual`).
 
         Returns:
             Tokens, and (state of the mixer, state of the FFN).
         """
         mixer_state, ffn_state = (None, None) if state is None else state
-        if ctx.vectors is not None:
-            vectors = ctx.vectors[:, :, layer]
-        elif ctx.modulation is not None:
+        if vectors is None:
+            if ctx.modulation is None:
+                raise ValueError("Block: the context has no modulation, and no vectors are given")
             vectors = self.modulate(ctx.modulation)
-        else:
-            raise ValueError("Block: the context has neither modulation nor vectors")
         shift1, scale1, gate1, shift2, scale2, gate2 = vectors.unbind(2)
 
         y = modulated_layer_norm(x, shift1, scale1)
-        if layer in ctx.edits.identity_attention:
+        if identity:
             y = self.mixer.identity(y)
         else:
             y, mixer_state = self.mixer.step(y, ctx, mixer_state)
@@ -148,8 +150,8 @@ class Block(nn.Module):
 
         y, ffn_state = self.ffn.step(modulated_layer_norm(x, shift2, scale2), ctx, ffn_state)
         x = gated_residual(x, gate2, y)
-        if layer in ctx.edits.residual:
-            x = x + ctx.edits.residual[layer]
+        if residual is not None:
+            x = x + residual
         return x, (mixer_state, ffn_state)
 
     def flops(self, grid: Grid, text_tokens: int) -> int:
