@@ -148,7 +148,9 @@ def progress(tensors: Tensors) -> Iterator[Callable[[int], None] | None]:
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description="Convert weights between layouts; every tensor keeps its bits.")
     made.add_argument(
-        "source", metavar="SRC", help="run, .ckpt, .pth, .safetensors, diffusers folder, hf://organisation/repository"
+        "source",
+        metavar="SRC",
+        help="run, .ckpt, .pth, .safetensors, diffusers folder, directory of FSDP shards, hf://organisation/repository",
     )
     made.add_argument("target", metavar="DST", help="file or folder to write; must not exist yet")
     made.add_argument("--to", required=True, choices=["native", "diffusers", "sana"], help="layout to write")

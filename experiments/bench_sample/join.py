@@ -1,4 +1,5 @@
-"""Joins the results of the precisions into one file: the keys of fp32 at the top, all of bf16 under "bf16"."""
+"""Joins the results of the precisions into results.json: the keys of fp32 at the top, those of bf16 under "bf16" where
+the machine has it."""
 
 from __future__ import annotations
 
@@ -6,5 +7,10 @@ import json
 import sys
 from pathlib import Path
 
-fp32, bf16 = (json.loads(Path(name).read_text(encoding="utf-8")) for name in sys.argv[1:3])
-Path(sys.argv[3]).write_text(json.dumps({**fp32, "bf16": bf16}, indent=1) + "\n", encoding="utf-8")
+folder = Path(sys.argv[1])
+results = json.loads((folder / "fp32.json").read_text(encoding="utf-8"))
+if (folder / "bf16.json").exists():
+    results["bf16"] = json.loads((folder / "bf16.json").read_text(encoding="utf-8"))
+(folder / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+for name in ("fp32.json", "bf16.json"):
+    (folder / name).unlink(missing_ok=True)

@@ -54,7 +54,11 @@ def run(options: argparse.Namespace) -> int:
     if options.alone is not None:
         print(json.dumps(weigh(options.alone, work, max(options.tokens))))
         return 0
-    memory = {side: _in_child(side, options) for side in ("ours", "theirs")}
+    memory = {}
+    for side in ("ours", "theirs"):
+        _say(f"memory of {side}, in a fresh process")
+        memory[side] = _in_child(side, options)
+    _say("the same weights on both sides, and a warm-up")
     results = measure(work, options.tokens, options.repeats)
     results["ratio_peak_memory"] = memory["ours"]["peak_gib"] / memory["theirs"]["peak_gib"]
     results |= {"peak_memory": memory, "settings": _settings(options), "environment": _environment(work.device)}
@@ -66,24 +70,29 @@ def run(options: argparse.Namespace) -> int:
 
 
 def measure(work: Work, lengths: list[int], repeats: int) -> dict[str, Any]:
-    """Both sides in turns, each pair in the other order than the last, after a warm-up of one step."""
+    """Both sides in turns, each pair in the other order than the last, after a warm-up of one step.
+
+    The warm-up is at the greatest length alone: a shorter prompt meets the same kernels and less memory.
+    """
     keep_pages(DRAWING)  # as sample.py does; the peer, in the same process, has it too
     rates = measure_rates(work.device, work.dtype)
     ours, theirs = make_both(work)
     results: dict[str, Any] = {"raw": [], "max_rel_error": 0.0}
     seed = 0
+    for side in (ours, theirs):
+        side.draw(work.prompts(max(lengths), 9999), 9999, steps=1)
+        side.clock.read()
     for tokens in lengths:
-        for side in (ours, theirs):
-            side.draw(work.prompts(tokens, 9999), 9999, steps=1)
-            side.clock.read()
         pairs: list[dict[str, dict[str, float]]] = []
         for i in range(repeats):
             prompts, seed = work.prompts(tokens, seed), seed + 1
+            _say(f"{tokens} tokens, pair {i + 1} of {repeats}")
             order = (("ours", ours), ("theirs", theirs))
             pairs.append({name: _timed(side, prompts, seed) for name, side in (order if i % 2 == 0 else order[::-1])})
             error = _relative_error(ours, theirs)
             results["max_rel_error"] = max(results["max_rel_error"], *error.values())
             results["raw"].append({"tokens": tokens, "relative_error": error, **pairs[-1]})
+            _say(f"  ours {pairs[-1]['ours']['total']:.1f} s, diffusers {pairs[-1]['theirs']['total']:.1f} s")
         stages = ("total", *STAGES)
         results[f"ratio_latency_{tokens}"] = median(p["ours"]["total"] / p["theirs"]["total"] for p in pairs)
         results[f"tokens_{tokens}"] = {
@@ -132,6 +141,11 @@ def report(results: dict[str, Any]) -> str:
     lines.append(f"{'peak memory, GiB':22}{peaks[0]:>10.3f}{peaks[1]:>13.3f}{results['ratio_peak_memory']:>8.3f}")
     lines.append(f"largest relative error {results['max_rel_error']:.2e} (latents and images, max |a - b| / max |b|)")
     return "\n".join(lines)
+
+
+def _say(text: str) -> None:
+    """Progress, apart from the results."""
+    print(text, file=sys.stderr, flush=True)
 
 
 def _timed(side: Side, prompts: list[str], seed: int) -> dict[str, float]:

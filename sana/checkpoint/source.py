@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from sana.checkpoint.diffusers_config import RATIO, facts_in_config
+from sana.checkpoint.distributed import read_distributed, weights_in
+from sana.checkpoint.distributed_index import is_distributed
 from sana.checkpoint.error import CheckpointError
 from sana.checkpoint.facts import Facts
 from sana.checkpoint.pickled import read_pickle, state_in
@@ -51,25 +53,28 @@ class Source:
 
 
 def open_source(path: str | Path, weights: Weights = "ema") -> Source:
-    """Open an original ``.pth``, a safetensors file of any layout, or a diffusers folder.
+    """Open an original ``.pth``, a safetensors file of any layout, a diffusers folder, or the shards of FSDP.
 
     Args:
-        path: the file; or the folder of a pipeline or of its transformer.
+        path: the file; the folder of a pipeline or of its transformer; or a directory of torch.distributed.checkpoint.
         weights: of a ``.pth`` with `state_dict_ema`, that one or `state_dict`.
 
     Raises:
         CheckpointError: it cannot be read, is of another family, or lacks tensors; one line.
     """
     path = Path(path)
-    if path.is_dir():
+    shards = is_distributed(path)
+    if path.is_dir() and not shards:
         return _open_folder(path)
-    if path.suffix == ".ckpt":
+    if path.suffix == ".ckpt" and not shards:
         raise CheckpointError(
             f"{path}: is a checkpoint of a training run, whose directory says what to build; export the run with "
             "scripts/convert_checkpoint.py RUN FILE.safetensors --to sana"
         )
     try:
-        if path.suffix in PICKLES:
+        if shards:
+            tensors, record, notes = weights_in(read_distributed(path)), None, []
+        elif path.suffix in PICKLES:
             tensors, notes = _read_original(path, weights)
             record = None
         else:
@@ -98,7 +103,9 @@ def open_state(path: str | Path) -> tuple[Tensors, str, Layout]:
         CheckpointError: it cannot be read or is nothing that is known.
     """
     path = Path(path)
-    if path.is_dir():
+    if is_distributed(path):
+        tensors = weights_in(read_distributed(path))
+    elif path.is_dir():
         tensors = read_folder(path / "vae" if (path / "vae").is_dir() else path)
     elif path.suffix in PICKLES:
         tensors = _read_original(path, "live")[0]
@@ -111,7 +118,7 @@ def open_state(path: str | Path) -> tuple[Tensors, str, Layout]:
 
 
 def sidecar_of(path: Path) -> Path:
-    """Where the facts lie that a file or a diffusers folder has no place for."""
+    """Where the facts lie that a file or a folder has no place for: within a folder, beside a file."""
     return path / SIDECAR if path.is_dir() else path.with_name(path.name + ".json")
 
 

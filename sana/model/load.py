@@ -31,8 +31,9 @@ def load_weights(
 
     Args:
         module: its network is overwritten; it may be on the meta device.
-        checkpoint: a ``.ckpt`` that a run wrote, a consolidated or other ``.safetensors``, an original ``.pth``, or a
-            diffusers folder. No code in it is run.
+        checkpoint: a ``.ckpt`` that a run wrote (file or directory of shards), a consolidated or other
+            ``.safetensors``, an original ``.pth``, a diffusers folder, or shards of another origin. No code in it is
+            run.
         weights: of a ``.ckpt`` or ``.pth``: the averaged ones (the last ones where no average was kept) or the last
             ones. Other files hold one set.
         allow_missing: names, or patterns such as "blocks.*.q_norm.*", that the checkpoint may lack; what the network

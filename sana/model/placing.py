@@ -43,12 +43,7 @@ def place_painter(
         device: where the work is done.
         offload: see `Offload`; "none": everything is on the device.
         autoencoder: its dtype; "auto": it runs under a surrounding autocast too.
-
-    Raises:
-        ValueError: there is no such device.
     """
-    if device.type == "mps" and not torch.backends.mps.is_available():
-        raise ValueError("device: mps is not here; it needs a Mac with Apple silicon")
     painter = make_painter(module, device if offload == "none" else "cpu")
     painter.offload = None if offload == "none" else Offload(offload, device)
     painter.autocast_decoder = autoencoder == "auto"

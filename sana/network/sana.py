@@ -102,7 +102,7 @@ class Sana(nn.Module):
     def prepare_times(self, times: Float[Tensor, " s"], guidance: Float[Tensor, " b"] | None = None) -> Times:
         """What the blocks need of the times of all steps, as `Prepared.times`; guidance as in `Condition`."""
         dtype, device = self.final.table.dtype, self.final.table.device
-        t = times.to(device, torch.promote_types(dtype, torch.float32))
+        t = times.to(torch.promote_types(dtype, torch.float32)).to(device)  # grids are float64, which MPS lacks
         embedding = self._embed_time(t.expand(1 if guidance is None else guidance.shape[0], -1), guidance, dtype)
         modulation = self.modulation(embedding)
         return Times(t, embedding, torch.stack([block.modulate(modulation) for block in self.blocks], dim=2))
@@ -205,7 +205,8 @@ class Sana(nn.Module):
     def _known_times(self, t: Tensor, known: Times) -> tuple[Float[Tensor, "b f d"], Float[Tensor, "b f layers 6 d"]]:
         """Rows of what `prepare_times` made; found without waiting for the device."""
         hit = known.t.to(t.dtype) == t.unsqueeze(-1)
-        torch._assert_async(hit.any(-1).all(), "Sana: a time is not among those that `prepare` was given")
+        if t.device.type in ("cpu", "cuda", "meta"):  # elsewhere torch may lack this operator
+            torch._assert_async(hit.any(-1).all(), "Sana: a time is not among those that `prepare` was given")
         step = hit.to(torch.uint8).argmax(-1)
         sample = torch.arange(t.shape[0], device=t.device).unsqueeze(1) if known.embedding.shape[0] > 1 else 0
         return known.embedding[sample, step], known.vectors[sample, step]

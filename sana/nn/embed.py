@@ -164,12 +164,14 @@ class SinCos2d(nn.Module):
 
     def forward(self, grid: Grid, device: torch.device | str, dtype: torch.dtype) -> Float[Tensor, "hw d"]:
         """The code of the h w tokens of any one frame, row-major."""
-        column, row = self._axis(grid.w, device), self._axis(grid.h, device)
+        device = torch.device(device)
+        home = torch.device("cpu") if device.type == "mps" else device  # which has no float64
+        column, row = self._axis(grid.w, home), self._axis(grid.h, home)
         column = column.unsqueeze(0).expand(grid.h, -1, -1)
         row = row.unsqueeze(1).expand(-1, grid.w, -1)
-        return torch.cat([column, row], dim=-1).flatten(0, 1).to(dtype)
+        return torch.cat([column, row], dim=-1).flatten(0, 1).to(dtype).to(device)
 
-    def _axis(self, size: int, device: torch.device | str) -> Float[Tensor, "size d_half"]:
+    def _axis(self, size: int, device: torch.device) -> Float[Tensor, "size d_half"]:
         place = torch.arange(size, device=device, dtype=torch.float64) * (self.base / size / self.interpolation)
         quarter = self.width // 4
         omega = torch.exp(torch.arange(quarter, device=device, dtype=torch.float64) * (-math.log(1e4) / quarter))

@@ -70,19 +70,33 @@ def restore(composed: Composed) -> Restored:
     config = composed.config
     found = find_weights(config.ckpt)
     recipe = training(found, config.get("recipe")).config
-    name = "cuda" if config.device == "auto" and torch.cuda.is_available() else config.device
-    try:
-        device = torch.device("cpu" if name == "auto" else name)
-    except RuntimeError:
-        raise ConfigError(f"device: {name!r} is not a device; write cpu, cuda or cuda:1") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"device: {name} is not here; this machine has no CUDA device")
+    device = choose_device(config.device)
     precision = fast_precision() if config.precision == "auto" else config.precision
     parts = {} if config.get("allow_missing") else {"network": _empty(recipe.model)}
     module = build(recipe.model, "model", **{name: part for name, part in parts.items() if part is not None})
     bf16 = precision == "bf16-mixed"
     _limit_memory(module.frozen.autoencoder, config, bf16)
     return Restored(module, recipe, found.path, found.home, device, bf16)
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of a name; "auto": a CUDA card, else Apple's GPU, else the CPU.
+
+    Raises:
+        ConfigError: no such device, or none on this machine.
+    """
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    if name == "auto":
+        name = "cuda" if cuda else "mps" if mps else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"device: {name!r} is not a device; write cpu, cuda, cuda:1 or mps") from None
+    if device.type == "cuda" and not cuda:
+        raise ConfigError(f"device: {name} is not here; this machine has no CUDA device")
+    if device.type == "mps" and not mps:
+        raise ConfigError(f"device: {name} is not here; it needs a Mac with Apple silicon")
+    return device
 
 
 def _empty(model: DictConfig) -> Any:

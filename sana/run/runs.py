@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sana.checkpoint.distributed_index import is_distributed
 from sana.checkpoint.error import CheckpointError
 from sana.checkpoint.hub import SCHEME, fetch, parse
 from sana.checkpoint.record import read_record
@@ -149,7 +150,8 @@ def find_weights(name: str) -> Found:
     """The weights that a user names.
 
     Args:
-        name: a run's directory or checkpoint; a file of weights or a diffusers folder; hf://organisation/repository
+        name: a run's directory or checkpoint; a file of weights, a diffusers folder or a directory of shards that no
+            run of this project wrote; hf://organisation/repository
             with or without a file; or the bare name of a shipped model, whose file is
             experiments/<name>/model.safetensors. What exists under the path goes first.
 
@@ -173,11 +175,12 @@ def find_weights(name: str) -> Found:
         shown = f"; shipped: {', '.join(names)}" if names else ""
         raise ConfigError(
             f"ckpt: {name} does not exist; {hint}give a run, a .ckpt, .pth or .safetensors file, a diffusers folder, "
-            f"or hf://organisation/repository{shown}"
+            f"a directory of shards, or hf://organisation/repository{shown}"
         )
     if (path / SHIPPED_FILE).is_file() and not (path / "status.json").is_file():
         path = path / SHIPPED_FILE
-    if path.suffix in (".pth", ".pt", ".bin", ".safetensors") or _is_diffusers(path):
+    strange = is_distributed(path) and not any((home / "config.yaml").is_file() for home in path.resolve().parents)
+    if path.suffix in (".pth", ".pt", ".bin", ".safetensors") or _is_diffusers(path) or strange:
         own = path.parent.name if path.name == SHIPPED_FILE else path.stem if path.is_file() else path.name
         return Found(path, LOADED / (own or "weights"), of_run=False)
     return Found(*find_checkpoint(path), of_run=True)
@@ -198,7 +201,7 @@ def _is_model(path: Path) -> bool:
 
 def _has_weights(path: Path) -> bool:
     holds = any((path / name).is_file() for name in ("status.json", SHIPPED_FILE))
-    return path.is_file() or holds or _is_diffusers(path)
+    return path.is_file() or holds or _is_diffusers(path) or is_distributed(path)
 
 
 def _is_diffusers(path: Path) -> bool:

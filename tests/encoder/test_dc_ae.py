@@ -118,6 +118,27 @@ def test_resampling_shortcuts_by_hand(shuffle: bool) -> None:
     torch.testing.assert_close(z[0, 2, 3, 1], y[0, 5, 1, 0])
 
 
+@pytest.mark.parametrize(("inputs", "outputs", "shortcut"), [(8, 4, True), (6, 6, True), (4, 7, False), (3, 6, True)])
+@pytest.mark.parametrize(("h", "w", "seed"), [(1, 1, 0), (3, 5, 1), (4, 2, 2)])
+def test_enlarging_by_parity_is_enlarging_and_convolving(
+    inputs: int, outputs: int, shortcut: bool, h: int, w: int, seed: int
+) -> None:
+    """Without gradients the enlarged map is never made; the oracle is the definition, in float64."""
+    torch.manual_seed(seed)
+    up = Upsample(inputs, outputs, shuffle=False, shortcut=shortcut).double()
+    x = torch.randn(2, inputs, h, w, dtype=torch.float64)
+    large = x.repeat_interleave(2, 2).repeat_interleave(2, 3)
+    want = nn.functional.conv2d(large, up.conv.weight, up.conv.bias, padding=1)
+    if shortcut:
+        want = want + nn.functional.pixel_shuffle(repeat_channels(x, 4 * outputs), 2)
+    with torch.no_grad():
+        got = up(x)
+        single = up.float()(x.float())
+    torch.testing.assert_close(got, want.detach(), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(single.double(), want.detach(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(up.double()(x), want, rtol=1e-5, atol=1e-5)  # with gradients, weights once rounded
+
+
 @pytest.mark.parametrize("seed", [0, 1])
 def test_file_there_and_back(tmp_path, seed: int) -> None:
     torch.manual_seed(seed)
