@@ -197,6 +197,7 @@ class Clip:
         first_frame: (b,) bool, True where the first frame is given clean and the clip trains image-to-video.
         index: (b,) int64, position of each sample in the global stream of the run, as in `Batch`.
         key: the sample's shard and name, for messages.
+        weight, bad, source: as in `Batch`: a clip that cannot be read has another one in its place, at weight 0.
     """
 
     video: Tensor | None
@@ -207,6 +208,9 @@ class Clip:
     first_frame: Tensor
     index: Tensor
     key: list[str]
+    weight: Tensor | None = field(default=None, kw_only=True)
+    bad: list[Bad] = field(default_factory=list, kw_only=True)
+    source: list[str] = field(default_factory=list, kw_only=True)
 
 
 @dataclass
