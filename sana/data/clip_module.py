@@ -91,7 +91,7 @@ class ClipsData(LightningDataModule):
         caption: how one caption of several is chosen.
         frames, fps, camera: of every clip, see `sana.data.clips.ClipReader`; shorter clips are reported as bad.
         size: (height, width) of the frames in pixels; None: they have one size already.
-        least_motion, most_motion: bounds of the motion score in the index; where one is set, clips without take no part.
+        least_motion, most_motion: bounds of the motion score in the index; clips without one take no part if set.
         first_frame: probability that a clip trains image-to-video.
         tell_motion: append the motion score to captions.
         accumulate: micro-batches per update.
