@@ -468,7 +468,7 @@ def test_loose_images_from_memory() -> None:
     source = open_source("memory://loose")
     assert texts(source) == [[("prompt", "one", None)], [("prompt", "two", None)]]
     assert np.array_equal(source.image(1), noise(2))
-    assert [(bad.key, bad.kind) for bad in source.bad] == [("b/4", "not an image")]
+    assert [(bad.key, bad.kind) for bad in source.bad] == [("b/4", "corrupt image")]
     files.pipe_file("/table/t.csv", b"path,prompt\nx/5.png,five\n")
     files.pipe_file("/table/x/5.png", png(5))
     assert np.array_equal(open_source("memory://table").image(0), noise(5))
