@@ -240,8 +240,9 @@ class LatentCache:
         which = np.zeros(len(numbers), np.int64) if flipped is None else np.asarray(flipped, np.int64)
         checksum = self._checksum[numbers, which].tolist()
         need = len(numbers) * length
-        fits = room is not None and need <= room.numel()
-        out = (room[:need] if fits else torch.empty(need, dtype=torch.uint8)).view(len(numbers), length)
+        if room is None or need > room.numel():
+            room = torch.empty(need, dtype=torch.uint8)
+        out = room[:need].view(len(numbers), length)
         rows = out.numpy()
         read, digest = self._places.files.read_into, xxhash.xxh3_64_intdigest
         for k, (file, at) in enumerate(zip(shard.tolist(), (offset + which * length).tolist(), strict=True)):

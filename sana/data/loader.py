@@ -196,8 +196,9 @@ class Samples(Dataset[Batch]):
         """uint8 (b, 3, h, w); zeros for samples that are bad, which are added to `bad`."""
         shape = (len(slots), slots[0].height, slots[0].width, 3)
         need = math.prod(shape)
-        fits = room is not None and need <= room.numel()
-        values = (room[:need] if fits else torch.empty(need, dtype=torch.uint8)).view(shape)
+        if room is None or need > room.numel():
+            room = torch.empty(need, dtype=torch.uint8)
+        values = room[:need].view(shape)
         rows, mirrored = values.numpy(), self._mirrored(places, index)
         for k, slot in enumerate(slots):
             if k not in bad:
