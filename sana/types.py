@@ -17,7 +17,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
-from torch import Tensor, device
+from numpy import ndarray
+from torch import Tensor, device, from_numpy
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
 """``v = velocity(x, t)`` with x (b, ...), t (b,) in [0, 1] and v like x. What a sampler integrates."""
@@ -168,6 +169,14 @@ class Batch:
         """The batch with its tensors on a device."""
         return self._with(lambda tensor: tensor.to(device, non_blocking=True))
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Small tensors leave a worker by value: each tensor by reference costs a connection between processes."""
+        small = ("index", "weight", "text_mask")
+        return {n: v.numpy() if n in small and isinstance(v, Tensor) else v for n, v in self.__dict__.items()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update({n: from_numpy(v) if isinstance(v, ndarray) else v for n, v in state.items()})
+
     def _with(self, change: Callable[[Tensor], Tensor]) -> Batch:
         names = ("image", "latent", "index", "weight", "text", "text_mask")
         tensors = {name: getattr(self, name) for name in names}
@@ -188,6 +197,7 @@ class Clip:
         first_frame: (b,) bool, True where the first frame is given clean and the clip trains image-to-video.
         index: (b,) int64, position of each sample in the global stream of the run, as in `Batch`.
         key: the sample's shard and name, for messages.
+        weight, bad, source: as in `Batch`: a clip that cannot be read has another one in its place, at weight 0.
     """
 
     video: Tensor | None
@@ -198,6 +208,9 @@ class Clip:
     first_frame: Tensor
     index: Tensor
     key: list[str]
+    weight: Tensor | None = field(default=None, kw_only=True)
+    bad: list[Bad] = field(default_factory=list, kw_only=True)
+    source: list[str] = field(default_factory=list, kw_only=True)
 
 
 @dataclass

@@ -2,7 +2,7 @@
 
 Makes its pictures, shards and caches, and an environment for the other loaders through uv, all below --folder, and
 keeps them for the next call. Every figure is the median of several rounds in which the sides take turns, each in
-a process of its own; the machine should do nothing else. About 15 minutes on two cores.
+a process of its own; the machine should do nothing else. About 20 minutes on two cores.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 PEERS = ("webdataset", "litdata", "streaming")
-PACKAGES = ("webdataset", "litdata", "mosaicml-streaming")
+PACKAGES = ("webdataset", "litdata", "mosaicml-streaming", "torch", "simplejpeg")
 CORRUPT = 0.05
 FLIPS = 200
 
@@ -189,32 +190,45 @@ def peers_python(folder: Path) -> Path:
     return python
 
 
-def side(name: str, folder: Path, python: Path, **options: float) -> dict[str, Any]:
-    """Run one side in a process of its own; its figures.
+@dataclass(frozen=True)
+class Side:
+    """One loader in a process of its own.
 
-    Raises:
-        RuntimeError: it failed, with the end of what it printed.
+    Attributes:
+        name: see `sana.bench.data_sides`.
+        folder: of the shards.
+        python: the interpreter of its environment.
+        pixels: by which functions the others decode, "plain" or "own".
     """
-    words = [f"--{key.replace('_', '-')}={value}" for key, value in options.items()]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [str(python), "-m", "sana.bench.data_sides", name, str(folder), *words]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{name}: {done.stderr.strip()[-2000:]}")
-    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
-    return json.loads(lines[-1]) if lines else {}
+
+    name: str
+    folder: Path
+    python: Path = Path(sys.executable)
+    pixels: str = "plain"
+
+    def run(self, **options: float) -> dict[str, Any]:
+        """Its figures.
+
+        Raises:
+            RuntimeError: it failed, with the end of what it printed.
+        """
+        words = [f"--{key.replace('_', '-')}={value}" for key, value in options.items()]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        command = [str(self.python), "-m", "sana.bench.data_sides", self.name, str(self.folder), *words]
+        command.append(f"--pixels={self.pixels}")
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"{self.name}: {done.stderr.strip()[-2000:]}")
+        lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+        return json.loads(lines[-1]) if lines else {}
 
 
-def medians(runs: dict[str, tuple[Path, Path]], rounds: int, **options: float) -> dict[str, float]:
-    """Samples per second of several sides, in turns: name -> median over the rounds.
-
-    Args:
-        runs: name -> (folder, interpreter); what stands after a space in a name tells equal sides apart.
-    """
-    rates: dict[str, list[float]] = {name: [] for name in runs}
+def medians(sides: dict[str, Side], rounds: int, **options: float) -> dict[str, float]:
+    """Samples per second of several sides, in turns: name -> median over the rounds."""
+    rates: dict[str, list[float]] = {name: [] for name in sides}
     for number in range(rounds):
-        for name, (folder, python) in runs.items():
-            rates[name].append(side(name.split()[0], folder, python, **options)["samples_per_s"])
+        for name, side in sides.items():
+            rates[name].append(side.run(**options)["samples_per_s"])
             print(f"round {number + 1}: {name} {rates[name][-1]:,.0f} samples/s", file=sys.stderr, flush=True)
     return {name: statistics.median(found) for name, found in rates.items()}
 
@@ -222,44 +236,51 @@ def medians(runs: dict[str, tuple[Path, Path]], rounds: int, **options: float) -
 def bench(options: argparse.Namespace) -> dict[str, Any]:
     """Every measurement of the README of experiments/bench_data."""
     folder: Path = options.folder
-    here = Path(sys.executable)
-    small, large = make_shards(folder, options.samples, 256), make_shards(folder, options.samples // 8, 1024)
+    small = make_shards(folder, options.samples, 256)
+    larger = {side: make_shards(folder, options.samples // 8, side) for side in (384, 1024)}
     if not (small / "cache").exists():
         make_latents(small)
     wanted = [peer for peer in PEERS if peer in options.peers.split(",")]
-    theirs = peers_python(folder) if wanted else here
+    theirs = peers_python(folder) if wanted else Path(sys.executable)
     for peer, made in (("litdata", "litdata"), ("streaming", "mds")):
         if peer in wanted and not (small / made / "done").exists():
             shutil.rmtree(small / made, ignore_errors=True)
-            side(f"write-{peer}", small, theirs)
+            Side(f"write-{peer}", small, theirs).run()
             (small / made / "done").touch()
     result: dict[str, Any] = {"cores": os.cpu_count(), "samples": options.samples, "rounds": options.rounds}
     times = {"seconds": options.seconds}
-    sides = {"ours": (small, here), **dict.fromkeys(wanted, (small, theirs))}
-    two = medians(sides, options.rounds, workers=2, **times)
+    ours, others = Side("ours", small), {peer: Side(peer, small, theirs) for peer in wanted}
+    # With our decoder in their place, what is left is the loaders themselves.
+    same = {f"{peer} with our decoder": Side(peer, small, theirs, "own") for peer in wanted}
+    two = medians({"ours": ours, **others, **same}, options.rounds, workers=2, **times)
     result["samples_per_s"] = two
     for peer in wanted:
         result[f"ratio_{peer}"] = two["ours"] / two[peer]
-    none = medians({"bare": (small, here), **sides}, options.rounds, workers=0, **times)
+    for peer in wanted:
+        result[f"ratio_{peer}_with_our_decoder"] = two["ours"] / two[f"{peer} with our decoder"]
+    bare = {"bare": Side("bare", small), "bare with our decoder": Side("bare", small, pixels="own")}
+    none = medians({**bare, "ours": ours, **others}, options.rounds, workers=0, **times)
     result["samples_per_s_without_workers"] = none
-    sides = {"ours": (large, here)} | ({"webdataset": (large, theirs)} if "webdataset" in wanted else {})
-    big = medians(sides, options.rounds, workers=2, **times)
-    result["samples_per_s_1024_to_256"] = big
-    if "webdataset" in big:
-        result["ratio_webdataset_1024_to_256"] = big["ours"] / big["webdataset"]
-    result["latents_per_s"] = medians({"latents": (small, here)}, options.rounds, workers=2, **times)["latents"]
-    corrupt = medians(
-        {"ours clean": (small, here), "ours corrupt": (make_corrupt(small), here)}, options.rounds, workers=2, **times
-    )
+    for side, shards in larger.items():
+        sides = {"ours": Side("ours", shards)}
+        if "webdataset" in wanted:
+            sides["webdataset"] = Side("webdataset", shards, theirs)
+        big = medians(sides, options.rounds, workers=2, **times)
+        result[f"samples_per_s_{side}_to_256"] = big
+        if "webdataset" in big:
+            result[f"ratio_webdataset_{side}_to_256"] = big["ours"] / big["webdataset"]
+    cached = {"latents": Side("latents", small)}
+    result["latents_per_s"] = medians(cached, options.rounds, workers=2, **times)["latents"]
+    pair = {"ours clean": ours, "ours corrupt": Side("ours", make_corrupt(small))}
+    corrupt = medians(pair, options.rounds, workers=2, **times)
     # Both count the places of bad samples, so this is the rate of good ones over clean x (1 - k).
     result["corrupt_fraction"] = CORRUPT
     result["share_of_clean_rate_when_corrupt"] = corrupt["ours corrupt"] / corrupt["ours clean"]
     result.update(count_flips(small))
-    long = side("ours", make_long(folder, small), here, workers=2, seconds=1)
+    long = Side("ours", make_long(folder, small)).run(workers=2, seconds=1)
     result["first_batch_s_of_1000000"] = long["first_batch_s"]
     result["memory_kib_of_1000000"] = long["memory_kib"]
-    epochs = side("ours", small, here, workers=0, epochs=10, per_epoch=options.samples)
-    result["resident_kib_by_epoch"] = epochs["resident_kib"]
+    result["resident_kib_by_epoch"] = ours.run(workers=0, epochs=10, per_epoch=options.samples)["resident_kib"]
     return result
 
 
@@ -267,7 +288,7 @@ def main() -> int:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--folder", type=Path, default=ROOT / "cache" / "bench_data", help="keeps what is made")
     options.add_argument(
-        "--samples", type=int, default=4096, help="pictures of 256x256, an eighth of them at 1024x1024"
+        "--samples", type=int, default=4096, help="pictures of 256x256, an eighth as many of 384x384 and 1024x1024"
     )
     options.add_argument("--seconds", type=float, default=10.0, help="of each measurement")
     options.add_argument("--rounds", type=int, default=3)

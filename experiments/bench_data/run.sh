@@ -1,5 +1,5 @@
 #!/bin/sh
-# Loading speed of ours, webdataset, litdata and mosaicml-streaming: about 15 minutes of two cores that do nothing else.
+# Loading speed of ours, webdataset, litdata and mosaicml-streaming: about 20 minutes of two cores that do nothing else.
 set -eu
 cd "$(dirname "$0")/../.."
 python=${PYTHON:-.venv/bin/python}

@@ -1,9 +1,10 @@
 """Loaders side by side: ours and those of other projects, over the same pictures, with the same work per sample.
 
 Every side yields batches of (uint8 pixels (b, 3, s, s), captions): JPEG decoded, scaled and cut, one of the captions
-chosen by score. A side imports its library only when it is asked for, and of this project only what needs nothing but
-numpy and Pillow, so that it runs in an environment of its own: ``python -m sana.bench.data_sides NAME FOLDER ...``
-prints one line of JSON.
+chosen by score. The others decode with Pillow, as their documentation shows, or with ``--pixels own`` by this project's
+functions, so that what is left is the loader. A side imports its library only when it is asked for, and of this project
+only what needs nothing but numpy, Pillow, torch and simplejpeg, so that it runs in an environment of its own:
+``python -m sana.bench.data_sides NAME FOLDER ...`` prints one line of JSON.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from sana.data.caption import Caption, PowerScore
+from sana.data.decode import decode_image
 from sana.data.transform import resize_and_crop
 
 CHOICE = PowerScore(temperature=0.1, threshold=25.0)
@@ -34,17 +36,37 @@ SEED = 0
 Batches = Iterator[Any]
 
 
+def plain(image: bytes, size: int) -> np.ndarray:
+    """Decode, scale to cover a square and cut out the middle, as anybody would write it: Pillow, the whole picture."""
+    with Image.open(io.BytesIO(image)) as opened:
+        picture = opened.convert("RGB")
+    w, h = picture.size
+    if min(w, h) != size:
+        w, h = (size, h * size // w) if w < h else (w * size // h, size)
+        picture = picture.resize((w, h), Image.Resampling.BICUBIC)
+    left, top = (w - size) // 2, (h - size) // 2
+    return np.asarray(picture.crop((left, top, left + size, top + size)))
+
+
+def own(image: bytes, size: int) -> np.ndarray:
+    """The same by this project's functions."""
+    return resize_and_crop(decode_image(image, size=(size, size)), size, size)
+
+
+PIXELS: dict[str, Callable[[bytes, int], np.ndarray]] = {"plain": plain, "own": own}
+"""What the other loaders decode with."""
+pixels = plain
+
+
 def one(image: bytes, meta: bytes, size: int) -> tuple[np.ndarray, str]:
-    """The work on one sample, as anybody would write it: pixels (size, size, 3) and a caption."""
-    with Image.open(io.BytesIO(image)) as picture:
-        pixels = resize_and_crop(picture.convert("RGB"), size, size)
+    """The work on one sample: pixels (size, size, 3) and a caption."""
     captions = [Caption(c["source"], c["text"], c["score"]) for c in json.loads(meta)["captions"]]
-    return pixels, CHOICE(captions, random.random()).text
+    return pixels(image, size), CHOICE(captions, random.random()).text
 
 
 def join(samples: list[tuple[np.ndarray, str]]) -> tuple[torch.Tensor, list[str]]:
     """A batch of samples."""
-    return torch.from_numpy(np.stack([pixels for pixels, _ in samples])).permute(0, 3, 1, 2), [t for _, t in samples]
+    return torch.from_numpy(np.stack([image for image, _ in samples])).permute(0, 3, 1, 2), [t for _, t in samples]
 
 
 def bare(folder: Path, size: int, batch: int, workers: int) -> Batches:
@@ -211,8 +233,11 @@ def main() -> int:
     options.add_argument("--seconds", type=float, default=10.0)
     options.add_argument("--epochs", type=int, default=0)
     options.add_argument("--per-epoch", type=int, default=0)
+    options.add_argument("--pixels", choices=PIXELS, default="plain", help="by which functions the others decode")
     given = options.parse_args()
     torch.set_num_threads(1)
+    global pixels  # workers are forked
+    pixels = PIXELS[given.pixels]
     if given.side.startswith("write-"):
         WRITERS[given.side.removeprefix("write-")](given.folder)
         return 0

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from lightning import Callback, Trainer
 
 from sana.run.error import ConfigError
-from sana.types import Bad, Batch
+from sana.types import Bad, Batch, Clip
 
 ENOUGH = 500
 """Samples from which on a part of them is taken to be the part of all."""
@@ -67,7 +67,7 @@ class BadSamples(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Count; exchange when due."""
-        if not isinstance(batch, Batch):
+        if not isinstance(batch, Batch | Clip):
             return
         step = trainer.global_step
         self._waiting += [(step, bad) for bad in batch.bad]

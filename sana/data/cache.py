@@ -191,6 +191,11 @@ class LatentCache:
     def __len__(self) -> int:
         return self._places.count
 
+    @property
+    def largest(self) -> int:
+        """Bytes of the largest latent."""
+        return int(self._shape.astype(np.int64).prod(axis=1).max(initial=0)) * self.dtype.itemsize
+
     def __reduce__(self) -> tuple[Any, ...]:
         return LatentCache, self.folders
 
@@ -205,6 +210,7 @@ class LatentCache:
         flipped: Sequence[bool] | np.ndarray | None = None,
         *,
         size: tuple[int, int] | None = None,
+        room: Tensor | None = None,
     ) -> tuple[Tensor, dict[int, str]]:
         """Latents of samples of one size.
 
@@ -212,6 +218,7 @@ class LatentCache:
             samples: their numbers.
             flipped: which of them to read mirrored, where both ways are stored.
             size: (height, width) of the images in pixels, for batches in which every sample is bad.
+            room: bytes to read them into, where they fit.
 
         Returns:
             (b, c, h, w) in the cache's dtype, and place -> reason of those that have no latent or whose bytes were
@@ -232,7 +239,10 @@ class LatentCache:
         length = c * h * w * self.dtype.itemsize
         which = np.zeros(len(numbers), np.int64) if flipped is None else np.asarray(flipped, np.int64)
         checksum = self._checksum[numbers, which].tolist()
-        out = torch.empty((len(numbers), length), dtype=torch.uint8)
+        need = len(numbers) * length
+        if room is None or need > room.numel():
+            room = torch.empty(need, dtype=torch.uint8)
+        out = room[:need].view(len(numbers), length)
         rows = out.numpy()
         read, digest = self._places.files.read_into, xxhash.xxh3_64_intdigest
         for k, (file, at) in enumerate(zip(shard.tolist(), (offset + which * length).tolist(), strict=True)):

@@ -162,7 +162,8 @@ def _softmax(logits: list[float | None]) -> list[float]:
     """Softmax over the logits that are not None; the others get 0. All -inf counts as equal."""
     highest = max(logit for logit in logits if logit is not None)
     weights = [0.0 if logit is None else 1.0 if logit == highest else math.exp(logit - highest) for logit in logits]
-    return [weight / sum(weights) for weight in weights]
+    total = sum(weights)
+    return [weight / total for weight in weights]
 
 
 def _pick(captions: Sequence[Caption], probabilities: list[float], u: float) -> Caption:

@@ -159,7 +159,8 @@ def collate_clips(
     """
     index = torch.tensor([sample.position for sample in samples], dtype=torch.int64)
     u = uniform(seed, index, "caption").tolist()
-    texts = [choice(sample.captions, u[k]).text for k, sample in enumerate(samples)]
+    chosen = [choice(sample.captions, u[k]) for k, sample in enumerate(samples)]
+    texts = [caption.text for caption in chosen]
     if tell_motion:
         texts = [with_motion(text, sample.motion) for text, sample in zip(texts, samples, strict=True)]
     pixels = torch.from_numpy(np.stack([sample.video.frames for sample in samples]))
@@ -172,6 +173,8 @@ def collate_clips(
         "first_frame": uniform(seed, index, "first frame") < first_frame,
         "index": index,
         "key": [sample.key for sample in samples],
+        "weight": torch.ones(len(samples)),
+        "source": [caption.source for caption in chosen],
     }
     cameras = [sample.camera for sample in samples if sample.camera is not None]
     if not cameras:

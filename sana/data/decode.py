@@ -13,6 +13,8 @@ from collections.abc import Callable
 import numpy as np
 from PIL import AvifImagePlugin, BmpImagePlugin, GifImagePlugin, Image, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
 
+from sana.data import jpeg
+
 MAX_PIXELS = 64_000_000
 """Default limit, 8000 x 8000: above any training resolution, far below what fills the memory."""
 
@@ -92,28 +94,44 @@ def decode_image(data: bytes, *, size: tuple[int, int] | None = None, max_pixels
     Raises:
         ValueError: "not an image", "too many pixels" or "corrupt image", each with a detail.
     """
-    return np.asarray(decode_picture(data, size=size, max_pixels=max_pixels))
-
-
-def decode_picture(data: bytes, *, size: tuple[int, int] | None = None, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """As `decode_image`, as a Pillow image of mode RGB: for callers that resize with Pillow at once."""
     kind = _known(data)
     try:
-        with warnings.catch_warnings():
-            # Pillow warns about large but allowed images and about damaged EXIF; neither concerns the pixels.
-            warnings.simplefilter("ignore")
-            picture = _open(data, kind, max_pixels)
-            turn = _orientation(picture)
-            if size is not None and kind == "jpg":
-                height, width = size if turn < 5 else size[::-1]
-                picture.draft("RGB", (width, height))
-            picture.load()
-            picture = _rgb(picture)
-            return picture.transpose(_TURN[turn]) if turn > 1 else picture
+        pixels = _plain_jpeg(data, size, max_pixels) if kind == "jpg" else None
+        if pixels is None:
+            with warnings.catch_warnings():
+                # Pillow warns about large but allowed images, which does not concern the pixels.
+                warnings.simplefilter("ignore")
+                pixels = np.asarray(_picture(data, kind, size, max_pixels))
+        return pixels
     except _TooLarge as error:
         raise ValueError(str(error)) from None
     except Exception as error:  # a parser of untrusted bytes: whatever it raises means that they are unfit
         raise ValueError(f"corrupt image: {_said(error)}") from error
+
+
+def _plain_jpeg(data: bytes, size: tuple[int, int] | None, max_pixels: int) -> np.ndarray | None:
+    """The pixels of a plain JPEG, None for any other."""
+    facts = jpeg.plain(data)
+    if facts is None:
+        return None
+    _check((facts.width, facts.height), max_pixels)
+    turn = _turn(facts.exif)
+    pixels = jpeg.decode(data, facts, size[::-1] if size is not None and turn > 4 else size)
+    if pixels is None or turn == 1:
+        return pixels
+    return np.asarray(Image.fromarray(pixels).transpose(_TURN[turn]))
+
+
+def _picture(data: bytes, kind: str, size: tuple[int, int] | None, max_pixels: int) -> Image.Image:
+    """What Pillow makes of an image, of mode RGB and upright."""
+    picture = _open(data, kind, max_pixels)
+    turn = _turn(picture.info.get("exif"))
+    if size is not None and kind == "jpg":
+        height, width = size if turn < 5 else size[::-1]
+        picture.draft("RGB", (width, height))
+    picture.load()
+    picture = _rgb(picture)
+    return picture.transpose(_TURN[turn]) if turn > 1 else picture
 
 
 def image_size(data: bytes) -> tuple[int, int]:
@@ -138,7 +156,7 @@ def image_size(data: bytes) -> tuple[int, int]:
             warnings.simplefilter("ignore")
             picture = _open(data, kind, None)
             width, height = picture.size
-            return (width, height) if _orientation(picture) < 5 else (height, width)
+            return (width, height) if _turn(picture.info.get("exif")) < 5 else (height, width)
     except Exception as error:
         raise Incomplete(f"corrupt image: {_said(error)}") from error
 
@@ -188,18 +206,19 @@ def _webp_header(data: bytes) -> tuple[tuple[int, int], bool]:
     raise ValueError("corrupt image: no WebP bitstream")
 
 
-def _orientation(picture: Image.Image) -> int:
-    """EXIF orientation, 1 to 8; 1 when it is absent or cannot be read.
+def _turn(exif: bytes | None) -> int:
+    """The orientation that EXIF says, 1 to 8; 1 when it is absent or cannot be read.
 
-    It is taken before the pixels are loaded, so that `image_size` and `decode_image` agree about PNGs.
+    It is asked before the pixels are loaded, so that `image_size` and `decode_image` agree about PNGs.
     """
-    exif = picture.info.get("exif")
     if not exif:
         return 1
     try:
-        facts = Image.Exif()
-        facts.load(exif)
-        turn = facts.get(_ORIENTATION, 1)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            facts = Image.Exif()
+            facts.load(exif)
+            turn = facts.get(_ORIENTATION, 1)
     except Exception:  # damaged EXIF is common and leaves the pixels sound
         return 1
     return turn if turn in _TURN else 1

@@ -18,6 +18,7 @@ import os
 import secrets
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -249,7 +250,10 @@ class Index:
 
     def captions(self, i: int) -> tuple[Caption, ...]:
         """The captions of sample i."""
-        return tuple(self._caption(j) for j in range(int(self._caption_ends[i]), int(self._caption_ends[i + 1])))
+        first, last = self._caption_ends[i : i + 2].tolist()
+        sources, texts = self._caption_source.several(first, last), self._caption_text.several(first, last)
+        scores = [None if score != score else score for score in self._caption_score[first:last].tolist()]
+        return tuple(map(Caption, sources, texts, scores))
 
     def caption_counts(self) -> np.ndarray:
         """Number of captions of each sample, int64."""
@@ -261,10 +265,6 @@ class Index:
         names = self._batch["captions"].values.field("source").dictionary_encode().dictionary.to_pylist()
         lengths = np.diff(self._caption_text.ends)
         return {name: lengths[sources == number] for number, name in enumerate(names)}
-
-    def _caption(self, j: int) -> Caption:
-        score = float(self._caption_score[j])
-        return Caption(self._caption_source[j], self._caption_text[j], None if score != score else score)
 
     def rows(self) -> pa.Table:
         """All columns, as `join` takes them."""
@@ -298,6 +298,11 @@ class _Strings:
 
     def __getitem__(self, i: int) -> str:
         return str(self.data[self.ends[i] : self.ends[i + 1]], "utf-8")
+
+    def several(self, first: int, last: int) -> list[str]:
+        """The strings from number `first` to `last` - 1, which lie one behind the other."""
+        ends = self.ends[first : last + 1].tolist()
+        return [str(self.data[a:b], "utf-8") for a, b in pairwise(ends)]
 
     def parts(self) -> Iterator[memoryview]:
         yield np.ascontiguousarray(self.ends).data

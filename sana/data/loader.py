@@ -6,24 +6,28 @@ micro-batches. Every sample carries its position, so nothing in a batch depends 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from sana.data.cache import LatentCache, TextCache
 from sana.data.cache_write import mirrored_once
 from sana.data.caption import Caption
 from sana.data.planner import Planner
 from sana.data.record import BadSample
+from sana.data.shared import Buffers, Sent
 from sana.data.transform import resize_and_crop
 from sana.ops.random import uniform
 from sana.types import Bad, Batch
 
 CaptionChoice = Callable[[Sequence[Caption], float], Caption]
+Places = list[tuple[Any, int]]
+"""Source and number there of every sample of a batch."""
 
 
 class Slot(NamedTuple):
@@ -112,10 +116,14 @@ class Samples(Dataset[Batch]):
     def __len__(self) -> int:
         return int(self.starts[-1])
 
-    def locate(self, sample: int) -> tuple[Any, int]:
-        """The source of a sample, and its number there."""
-        k = int(np.searchsorted(self.starts, sample, "right")) - 1
-        return self.sources[k], sample - int(self.starts[k])
+    def locate(self, samples: Sequence[int]) -> list[tuple[Any, int]]:
+        """The source of each sample, and its number there."""
+        if len(self.sources) == 1:
+            return [(self.sources[0], sample) for sample in samples]
+        numbers = np.asarray(samples, np.int64)
+        which = np.searchsorted(self.starts, numbers, "right") - 1
+        inside = (numbers - self.starts[which]).tolist()
+        return [(self.sources[k], i) for k, i in zip(which.tolist(), inside, strict=True)]
 
     def pixels(self, slot: Slot) -> np.ndarray:
         """The image of a slot at its size, uint8 (height, width, 3).
@@ -123,37 +131,44 @@ class Samples(Dataset[Batch]):
         Raises:
             BadSample: it cannot be read.
         """
-        source, i = self.locate(slot.sample)
-        picture = source.picture(i, size=(slot.height, slot.width))
-        return resize_and_crop(picture, slot.height, slot.width, lanczos=self.lanczos)
+        return self._pixels(*self.locate([slot.sample])[0], slot)
 
-    def __getitems__(self, slots: list[Slot]) -> Batch:
-        """A micro-batch; all slots have one size. It is whole whatever the samples are like."""
+    def _pixels(self, source: Any, i: int, slot: Slot) -> np.ndarray:
+        pixels = source.image(i, size=(slot.height, slot.width))
+        return resize_and_crop(pixels, slot.height, slot.width, lanczos=self.lanczos)
+
+    def __getitems__(self, slots: list[Slot], room: Tensor | None = None) -> Batch:
+        """A micro-batch; all slots have one size. It is whole whatever the samples are like.
+
+        Args:
+            slots: what to load.
+            room: bytes in which its images or latents are to lie, where they fit.
+        """
         index = torch.tensor([slot.position for slot in slots], dtype=torch.int64)
         draws = uniform(self.seed, index, "caption").tolist()
-        captions, keys, bad = [], [], {}
-        for k, (slot, u) in enumerate(zip(slots, draws, strict=True)):
-            source, i = self.locate(slot.sample)
+        places, captions, bad = self.locate([slot.sample for slot in slots]), [], {}
+        for k, ((source, i), u) in enumerate(zip(places, draws, strict=True)):
             caption = Caption("", "")
             try:
-                caption = self.caption(source.record(i), u)
+                caption = self.caption(source, i, u)
             except BadSample as error:
                 bad[k] = Bad(error.shard, error.key, error.reason)
             captions.append(caption)
-            keys.append(source.key(i))
-        values = self._images(slots, index, bad) if self.latents is None else self._latents(slots, index, bad)
+        load = self._images if self.latents is None else self._latents
+        values = load(slots, places, index, bad, room)
         good = [k for k in range(len(slots)) if k not in bad]
-        places = [k if k not in bad else _next(good, k) for k in range(len(slots))]
-        if bad and good:
-            values = values[torch.tensor(places)]
-        texts = ["" if k is None else captions[k].text for k in places]
-        text, mask = (None, None) if self.text is None else self._features(slots, places, texts)
+        shown = [k if k not in bad else _next(good, k) for k in range(len(slots))]
+        if good:
+            for k in bad:
+                values[k] = values[shown[k]]
+        texts = ["" if k is None else captions[k].text for k in shown]
+        text, mask = (None, None) if self.text is None else self._features(slots, shown, texts)
         return Batch(
             image=values if self.latents is None else None,
             latent=None if self.latents is None else values,
             caption=texts,
             index=index,
-            key=keys,
+            key=[source.key(i) for source, i in places],
             weight=torch.tensor([float(k not in bad) for k in range(len(slots))]),
             bad=[bad[k] for k in sorted(bad)],
             source=["" if k in bad else caption.source for k, caption in enumerate(captions)],
@@ -161,56 +176,68 @@ class Samples(Dataset[Batch]):
             text_mask=mask,
         )
 
-    def caption(self, record: Any, u: float) -> Caption:
-        """The caption of a sample that u selects.
+    def caption(self, source: Any, i: int, u: float) -> Caption:
+        """The caption of sample i of a source that u selects.
 
         Raises:
-            BadSample: the rule finds none among its captions.
+            BadSample: the rule finds none among its captions; or, where images are read, its JSON has changed.
         """
+        if self.latents is None:
+            source.check(i, "meta")
+        captions = source.captions(i)
         try:
-            return self.choice(record.captions, u)
+            return self.choice(captions, u)
         except ValueError as error:
-            raise BadSample(record.shard, record.key, f"no caption: {error}") from None
+            raise source.bad_sample(i, f"no caption: {error}") from None
 
-    def _images(self, slots: list[Slot], index: Tensor, bad: dict[int, Bad]) -> Tensor:
+    def _images(
+        self, slots: list[Slot], places: Places, index: Tensor, bad: dict[int, Bad], room: Tensor | None
+    ) -> Tensor:
         """uint8 (b, 3, h, w); zeros for samples that are bad, which are added to `bad`."""
-        values = np.zeros((len(slots), slots[0].height, slots[0].width, 3), np.uint8)
-        mirrored = self._mirrored(slots, index)
+        shape = (len(slots), slots[0].height, slots[0].width, 3)
+        need = math.prod(shape)
+        if room is None or need > room.numel():
+            room = torch.empty(need, dtype=torch.uint8)
+        values = room[:need].view(shape)
+        rows, mirrored = values.numpy(), self._mirrored(places, index)
         for k, slot in enumerate(slots):
+            if k not in bad:
+                try:
+                    pixels = self._pixels(*places[k], slot)
+                    rows[k] = pixels[:, ::-1] if mirrored[k] else pixels
+                except BadSample as error:
+                    bad[k] = Bad(error.shard, error.key, error.reason)
             if k in bad:
-                continue
-            try:
-                pixels = self.pixels(slot)
-                values[k] = pixels[:, ::-1] if mirrored[k] else pixels
-            except BadSample as error:
-                bad[k] = Bad(error.shard, error.key, error.reason)
-        return torch.from_numpy(values).permute(0, 3, 1, 2)
+                rows[k] = 0
+        return values.permute(0, 3, 1, 2)
 
-    def _latents(self, slots: list[Slot], index: Tensor, bad: dict[int, Bad]) -> Tensor:
+    def _latents(
+        self, slots: list[Slot], places: Places, index: Tensor, bad: dict[int, Bad], room: Tensor | None
+    ) -> Tensor:
         """(b, c, h, w) from the cache; as `_images`."""
         assert self.latents is not None
-        flipped = self._mirrored(slots, index) if self.latents.both else None
+        flipped = self._mirrored(places, index) if self.latents.both else None
         size = (slots[0].height, slots[0].width)
-        values, reasons = self.latents.read([slot.sample for slot in slots], flipped, size=size)
+        values, reasons = self.latents.read([slot.sample for slot in slots], flipped, size=size, room=room)
         for k, reason in reasons.items():
             if k not in bad:
-                source, i = self.locate(slots[k].sample)
-                record = source.record(i)
-                bad[k] = Bad(record.shard, record.key, reason)
+                source, i = places[k]
+                error = source.bad_sample(i, reason)
+                bad[k] = Bad(error.shard, error.key, error.reason)
         return values
 
-    def _mirrored(self, slots: list[Slot], index: Tensor) -> list[bool]:
+    def _mirrored(self, places: Places, index: Tensor) -> list[bool]:
         """Which images are mirrored: a coin per position, or one per sample of a source."""
         if self.flip == "both":
             return (uniform(self.seed, index, "flip") < 0.5).tolist()
         if self.flip == "once":
-            return mirrored_once([self.locate(slot.sample)[1] for slot in slots])
-        return [False] * len(slots)
+            return mirrored_once([i for _, i in places])
+        return [False] * len(places)
 
-    def _features(self, slots: list[Slot], places: list[int | None], texts: list[str]) -> tuple[Tensor, Tensor]:
+    def _features(self, slots: list[Slot], shown: list[int | None], texts: list[str]) -> tuple[Tensor, Tensor]:
         """(b, l, c) cached features of the chosen captions, and their mask."""
         assert self.text is not None
-        there = [place for place in places if place is not None]
+        there = [place for place in shown if place is not None]
         if not there:
             return torch.zeros(len(slots), 1, self.text.channels, dtype=self.text.dtype), _first_only(len(slots), 1)
         text, mask, reasons = self.text.read([slots[k].sample for k in there], texts)
@@ -232,6 +259,46 @@ def _next(good: list[int], place: int) -> int | None:
     return next((k for k in good if k > place), good[0] if good else None)
 
 
+class _Task(list[Slot]):
+    """Slots of a micro-batch, and the number of the buffer it is to lie in."""
+
+    buffer: int | None = None
+
+
+class _Tasks:
+    """Batch sampler: micro-batches with a free buffer each, where there is one."""
+
+    def __init__(self, batches: Iterable[list[Slot]], buffers: Buffers) -> None:
+        self.batches, self.buffers = batches, buffers
+
+    def __iter__(self) -> Iterator[_Task]:
+        for slots in self.batches:
+            task = _Task(slots)
+            task.buffer = self.buffers.take()
+            yield task
+
+
+class _Loading(Dataset[Batch]):
+    """Samples that are loaded into buffers."""
+
+    def __init__(self, samples: Samples, buffers: Buffers) -> None:
+        self.samples, self.buffers = samples, buffers
+
+    def __getitems__(self, task: _Task) -> Batch | Sent:
+        if task.buffer is None:
+            return self.samples.__getitems__(task)
+        away = get_worker_info() is not None
+        room = self.buffers.room(task.buffer) if away else self.buffers.lend(task.buffer)
+        batch = self.samples.__getitems__(task, room)
+        return Sent(self.buffers, task.buffer, batch, "image" if batch.latent is None else "latent") if away else batch
+
+
+_AHEAD = 2
+"""Micro-batches that each worker prepares in advance."""
+_HELD = 3
+"""Micro-batches that the trainer has at a time: the one it works on, the next one, and one to spare."""
+
+
 def loader(samples: Samples, batches: MicroBatches, workers: int = 0) -> DataLoader[Any]:
     """Endless loader of the micro-batches of one rank, images as uint8.
 
@@ -240,12 +307,15 @@ def loader(samples: Samples, batches: MicroBatches, workers: int = 0) -> DataLoa
         batches: in which order.
         workers: processes that load; 0 loads in this one.
     """
+    largest = max(3 * h * w for h, w in batches.sizes) if samples.latents is None else samples.latents.largest
+    buffers = Buffers(_HELD + _AHEAD * workers, batches.micro * largest)
     return DataLoader(
-        samples,
-        batch_sampler=batches,  # type: ignore[arg-type]
+        _Loading(samples, buffers),
+        batch_sampler=_Tasks(batches, buffers),  # type: ignore[arg-type]
         num_workers=workers,
         collate_fn=_whole,  # type: ignore[arg-type]
         persistent_workers=workers > 0,
+        prefetch_factor=_AHEAD if workers else None,
         pin_memory=torch.cuda.is_available(),
     )
 

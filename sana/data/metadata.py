@@ -123,6 +123,10 @@ def _several(captions: Any) -> Iterator[Caption]:
 def _scores(meta: Mapping[str, Any]) -> dict[str, float]:
     given = meta.get("scores")
     found = {name: value for name, value in meta.items() if name.endswith("score")}
+    motion = meta.get("motion")  # of a video: a number, or one for each part of it
+    if isinstance(motion, list) and motion and all(number(part) is not None for part in motion):
+        motion = sum(motion) / len(motion)
+    found["motion"] = motion
     found.update(given if isinstance(given, dict) else {})
     # A name that is no UTF-8 cannot be a column of the index.
     fit = (name for name in found if storable(name))

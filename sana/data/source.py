@@ -6,13 +6,14 @@ Every failure of one sample is a `BadSample`; nothing else is raised for what th
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import xxhash
-from PIL import Image
 
-from sana.data.decode import decode_picture
+from sana.data.caption import Caption
+from sana.data.decode import decode_image
 from sana.data.index import Index
 from sana.data.metadata import parse_json
 from sana.data.record import BadSample, Limits, Record
@@ -112,13 +113,19 @@ class Source:
             meta=meta,
         )
 
-    def picture(self, i: int, size: tuple[int, int] | None = None) -> Image.Image:
-        """As `image`, as a Pillow image of mode RGB, for those who resize with Pillow at once."""
-        data = self.read(i, "image")
-        try:
-            return decode_picture(data, size=size, max_pixels=self.limits.max_pixels)
-        except ValueError as error:
-            raise self.bad_sample(i, str(error)) from error
+    def check(self, i: int, member: str) -> None:
+        """Compare a member of sample i with its checksum, if that is known.
+
+        Raises:
+            BadSample: it has changed, or cannot be read.
+        """
+        known = self._checksums.get(member)
+        if known is not None and known[i]:
+            self.read(i, member)
+
+    def captions(self, i: int) -> Sequence[Caption]:
+        """The captions of sample i as the index has them; none of its bytes are read."""
+        return self.index.captions(i)
 
     def image(self, i: int, size: tuple[int, int] | None = None) -> np.ndarray:
         """Pixels of sample i, uint8 (H, W, 3), upright RGB; perhaps read-only.
@@ -130,7 +137,11 @@ class Source:
         Raises:
             BadSample: the bytes are missing, cut off or changed, or no sound image.
         """
-        return np.asarray(self.picture(i, size))
+        data = self.read(i, "image")
+        try:
+            return decode_image(data, size=size, max_pixels=self.limits.max_pixels)
+        except ValueError as error:
+            raise self.bad_sample(i, str(error)) from error
 
     def fingerprint(self) -> str:
         """Digest of the samples: where they lie, what is known of them, and their bytes by checksum or by sampling."""

@@ -59,6 +59,10 @@ class Storage(Protocol):
         """Names of the files directly in the folder, sorted; [] when there is no way to list them."""
         ...
 
+    def walk(self) -> dict[str, Stat]:
+        """The files in the folder and below it, sorted, but for hidden ones; {} when there is no way to list them."""
+        ...
+
 
 def scheme(url: str) -> str:
     """The part before "://" or, for "pipe:", before ":"; "" for a path.
@@ -137,6 +141,23 @@ class LocalFolder:
         with os.scandir(self.root) as found:
             return sorted(item.name for item in found if item.is_file())
 
+    def walk(self) -> dict[str, Stat]:
+        found: dict[str, Stat] = {}
+        waiting = [""]
+        while waiting:
+            folder = waiting.pop()
+            with os.scandir(os.path.join(self.root, folder)) as items:
+                for item in items:
+                    path = f"{folder}/{item.name}" if folder else item.name
+                    if item.name.startswith("."):
+                        continue
+                    if item.is_dir(follow_symlinks=False):
+                        waiting.append(path)
+                    elif item.is_file():
+                        facts = item.stat()
+                        found[path] = Stat(facts.st_size, str(facts.st_mtime_ns))
+        return dict(sorted(found.items()))
+
     def __getstate__(self) -> dict[str, Any]:
         return {"root": self.root}
 
@@ -188,8 +209,7 @@ class RemoteFolder:
         facts = _retried(lambda: filesystem.info(path))
         if facts.get("size") is None:
             raise OSError(f"{name}: the server does not tell its size")
-        stamps = ("ETag", "etag", "mtime", "LastModified", "updated", "created", "Last-Modified")
-        return Stat(int(facts["size"]), next((str(facts[s]) for s in stamps if facts.get(s)), ""))
+        return _stat(facts)
 
     def names(self) -> list[str]:
         filesystem, path = self._at("")
@@ -200,6 +220,16 @@ class RemoteFolder:
         kinds = ("directory",)
         names = {str(item["name"]).rstrip("/").rsplit("/", 1)[-1] for item in found if item["type"] not in kinds}
         return sorted(name.split("?")[0] for name in names)
+
+    def walk(self) -> dict[str, Stat]:
+        filesystem, path = self._at("")
+        try:
+            found = _retried(lambda: filesystem.find(path, detail=True))
+        except (OSError, NotImplementedError):
+            return {}
+        start = path.rstrip("/") + "/"
+        names = {str(name).removeprefix(start): _stat(facts) for name, facts in found.items()}
+        return {name: names[name] for name in sorted(names) if not any(p.startswith(".") for p in name.split("/"))}
 
     def download(self, name: str, target: Path, size: int) -> None:
         """The whole file of `size` bytes, written beside `target` and then renamed."""
@@ -277,6 +307,14 @@ class CachedFolder:
 
     def names(self) -> list[str]:
         return self.remote.names()
+
+    def walk(self) -> dict[str, Stat]:
+        return self.remote.walk()
+
+
+def _stat(facts: dict[str, Any]) -> Stat:
+    stamps = ("ETag", "etag", "mtime", "LastModified", "updated", "created", "Last-Modified")
+    return Stat(int(facts.get("size") or 0), next((str(facts[s]) for s in stamps if facts.get(s)), ""))
 
 
 def _retried(call: Callable[[], T]) -> T:

@@ -25,7 +25,7 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from sana.data.decode import decode_picture, image_format
+from sana.data.decode import decode_image, image_format
 from sana.data.formats.own import index_name, task_name
 from sana.data.index import Index, join, write
 from sana.data.record import BadSample
@@ -286,12 +286,13 @@ def _add(shard: ShardWriter, source: Source, i: int) -> None:
     record = source.record(i)
     data = source.read(i)
     try:
-        picture = decode_picture(data, max_pixels=source.limits.max_pixels)
+        pixels = decode_image(data, max_pixels=source.limits.max_pixels)
     except ValueError as error:
         raise source.bad_sample(i, str(error)) from error
+    height, width = pixels.shape[:2]
     suffix = image_format(data)
     if suffix not in _STORED:
-        suffix, data = "png", _png(picture)
+        suffix, data = "png", _png(pixels)
     captions = [
         {"source": c.source, "text": c.text} | ({} if c.score is None else {"score": c.score}) for c in record.captions
     ]
@@ -299,8 +300,8 @@ def _add(shard: ShardWriter, source: Source, i: int) -> None:
     meta: dict[str, Any] = record.meta | {
         "prompt": prompt,
         "captions": captions,
-        "width": picture.width,
-        "height": picture.height,
+        "width": width,
+        "height": height,
         # The index keeps 32 bits: written with as many digits as these have.
         "scores": {name: float(str(np.float32(score))) for name, score in record.scores.items()},
         "hq": record.hq,
@@ -311,8 +312,8 @@ def _add(shard: ShardWriter, source: Source, i: int) -> None:
         f"{i:09d}",
         members,
         captions=record.captions,
-        width=picture.width,
-        height=picture.height,
+        width=width,
+        height=height,
         scores=record.scores,
         hq=record.hq,
     )
@@ -325,7 +326,7 @@ def _json(meta: dict[str, Any]) -> bytes:
         return json.dumps(meta, separators=(",", ":")).encode()
 
 
-def _png(picture: Image.Image) -> bytes:
+def _png(pixels: np.ndarray) -> bytes:
     buffer = io.BytesIO()
-    picture.save(buffer, "PNG")
+    Image.fromarray(pixels).save(buffer, "PNG")
     return buffer.getvalue()

@@ -101,7 +101,7 @@ def _read(data: Any, samples: Any) -> tuple[dict[str, list[int]], list[dict[str,
         batch = samples.__getitems__(data.slots(samples, [sample]))
         bad += [entry._asdict() for entry in batch.bad]
         if not batch.bad:
-            source, i = samples.locate(sample)
+            source, i = samples.locate([sample])[0]
             for caption in source.record(i).captions:
                 lengths[caption.source].append(len(caption.text))
     return lengths, bad, len(chosen)

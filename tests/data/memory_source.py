@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from sana.data.caption import Caption
-from sana.data.decode import decode_picture
+from sana.data.decode import decode_image
 from sana.data.record import BadSample, Record
 
 
@@ -57,11 +57,20 @@ class Pictures:
         height, width = self.pixels[i].shape[:2]
         return Record(f"{i:06d}", f"{i % self.shards:05d}.tar", captions, width, height)
 
-    def picture(self, i: int, size: tuple[int, int] | None = None) -> Image.Image:
+    def check(self, i: int, member: str) -> None:
+        """Nothing is known about the JSON."""
+
+    def captions(self, i: int) -> tuple[Caption, ...]:
+        return self.record(i).captions
+
+    def bad_sample(self, i: int, reason: str) -> BadSample:
+        return BadSample(self.record(i).shard, self.record(i).key, reason)
+
+    def image(self, i: int, size: tuple[int, int] | None = None) -> np.ndarray:
         try:
-            return decode_picture(self.files[i], size=size, max_pixels=10**6)
+            return decode_image(self.files[i], size=size, max_pixels=10**6)
         except ValueError as error:
-            raise BadSample(self.record(i).shard, self.record(i).key, str(error)) from None
+            raise self.bad_sample(i, str(error)) from None
 
     def fingerprint(self) -> str:
         return hashlib.sha256(b"".join(self.files)).hexdigest()

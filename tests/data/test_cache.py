@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import os
 import pickle
 import tarfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,6 @@ import pytest
 import torch
 from safetensors.torch import load
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from sana.data.cache import CacheFolder, CacheKey, LatentCache, StaleCacheError, TextCache, find_cache
 from sana.data.cache_write import ShardSamples, shards_of, write_latents, write_text
@@ -295,20 +294,9 @@ def test_shards_of_a_source() -> None:
     assert found[2].keys == ("key7", "key8", "key9")
 
 
-class _Batches(Dataset[Tensor]):
-    def __init__(self, cache: LatentCache) -> None:
-        self.cache = cache
-
-    def __getitems__(self, samples: list[int]) -> Tensor:
-        return self.cache.read(samples)[0]
-
-
 @pytest.mark.slow
 def test_speed(tmp_path: Path) -> None:
-    """32x16x16 bf16 through torch's loader, two workers: processor time for at least 30,000 per second on two cores.
-
-    Of all three processes, since what else the machine does must not decide.
-    """
+    """32x16x16 bf16, read and checked: processor time of one process, the best of five, for 30,000 per second."""
     key = dataclasses.replace(KEY, dtype="bfloat16")
     count = 4096
     parts = shards(count, 1024)
@@ -318,16 +306,13 @@ def test_speed(tmp_path: Path) -> None:
     for part in parts:
         write_latents(folder, part, lambda i: np.full((1, 1, 3), i % 256, np.uint8), lambda x: latents[: len(x)])
     order = np.random.default_rng(0).permutation(count)
-    batches = [order[a : a + 64].tolist() for a in range(0, count, 64)] * 16
-    began, seen = os.times(), 0
-    # The loader is gone at the end of the loop, so that the time of its workers is counted.
-    for batch in DataLoader(_Batches(LatentCache(folder)), batch_sampler=batches, num_workers=2, collate_fn=_whole):
-        seen += len(batch)
-    used = sum(after - before for after, before in zip(os.times()[:4], began[:4], strict=True))
-    print(f"{1e6 * used / seen:.1f} microseconds of processor time per latent")
-    assert seen == 16 * count
-    assert 2 * seen / used > 30_000
-
-
-def _whole(batch: Tensor) -> Tensor:
-    return batch
+    batches = [order[a : a + 64].tolist() for a in range(0, count, 64)]
+    cache, room, best = LatentCache(folder), torch.empty(64 * 32 * 16 * 16 * 2, dtype=torch.uint8), float("inf")
+    for _ in range(5):
+        began = time.process_time()
+        for batch in batches:
+            got, bad = cache.read(batch, room=room)
+            assert not bad
+            assert got.data_ptr() == room.data_ptr()
+        best = min(best, (time.process_time() - began) / (64 * len(batches)))
+    assert best < 1 / 30_000

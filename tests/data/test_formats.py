@@ -452,6 +452,28 @@ def test_from_memory() -> None:
         open_source("memory://set", "test")
 
 
+def test_loose_images_from_memory() -> None:
+    """Stands for s3 and gs: listings with sizes, byte ranges. No server of theirs can run here."""
+    files = fsspec.filesystem("memory")
+    for name, body in (
+        ("a/1.png", png(1)),
+        ("a/1.txt", b"one"),
+        ("b/c/2.png", png(2)),
+        ("b/c/2.json", b'{"prompt": "two"}'),
+        ("b/.hidden/3.png", png(3)),
+        ("b/4.png", b"broken"),
+        ("b/4.txt", b"four"),
+    ):
+        files.pipe_file(f"/loose/{name}", body)
+    source = open_source("memory://loose")
+    assert texts(source) == [[("prompt", "one", None)], [("prompt", "two", None)]]
+    assert np.array_equal(source.image(1), noise(2))
+    assert [(bad.key, bad.kind) for bad in source.bad] == [("b/4", "corrupt image")]
+    files.pipe_file("/table/t.csv", b"path,prompt\nx/5.png,five\n")
+    files.pipe_file("/table/x/5.png", png(5))
+    assert np.array_equal(open_source("memory://table").image(0), noise(5))
+
+
 def test_from_a_server(server: str, tmp_path: Path) -> None:  # noqa: F811
     web = tmp_path / "web"
     for folder in ("own", "wids", "plain"):
@@ -466,6 +488,10 @@ def test_from_a_server(server: str, tmp_path: Path) -> None:  # noqa: F811
     own = open_source(f"{server}/own", cache=tmp_path / "cache")
     assert np.array_equal(own.image(1), noise(1))
     assert own.fingerprint() == open_source(web / "own").fingerprint()
+    (web / "loose" / "in").mkdir(parents=True)
+    (web / "loose" / "in" / "a.png").write_bytes(png(7))
+    (web / "loose" / "in" / "a.txt").write_text("seven")
+    assert np.array_equal(open_source(f"{server}/loose").image(0), noise(7))
     assert any(path.name.endswith("train-000000.tar") for path in (tmp_path / "cache").iterdir())
 
 

@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from memory_source import Pictures
 
 from sana.data.bucket import Buckets
@@ -67,7 +69,6 @@ STEPS = EPOCHS * COUNT // BATCH  # all buckets have whole batches after 6 epochs
 @pytest.mark.parametrize("shards", SHARDS)
 @pytest.mark.parametrize("world", RANKS)
 def test_the_grid_on_the_planner(folders: dict[int, str], world: int, shards: int) -> None:
-    """Workers do not appear: they get whole micro-batches in turn, and `test_workers_change_nothing`."""
     source = open_source(folders[shards])
     whole = stream(source, world, 0, STEPS)
     assert whole == stream(open_source(folders[3]), 1, 0, STEPS)
@@ -76,9 +77,21 @@ def test_the_grid_on_the_planner(folders: dict[int, str], world: int, shards: in
     orders = {tuple(s.sample for s in step) for step in whole}
     assert len(orders) == STEPS  # no order comes twice in six epochs
     assert stream(source, world, 0, STEPS, seed=6) != whole
-    for stop in random.Random(shards).sample(range(STEPS), 20):
-        for other in RANKS:
-            assert stream(source, other, stop, 3) == (whole + stream(source, world, STEPS, 3))[stop : stop + 3]
+
+
+@pytest.mark.parametrize("shards", SHARDS)
+@pytest.mark.parametrize("workers", WORKERS)
+@settings(deadline=None, max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    world=st.sampled_from(RANKS), other=st.sampled_from(RANKS), stop=st.integers(0, STEPS - 1), seed=st.integers(0, 9)
+)
+def test_a_stop_at_any_step_goes_on_exactly(
+    folders: dict[int, str], shards: int, workers: int, world: int, other: int, stop: int, seed: int
+) -> None:
+    """Also on another number of ranks, and whatever the workers had prepared beyond the stop."""
+    source, ahead = open_source(folders[shards]), 2 * workers
+    before = stream(source, world, 0, stop + ahead, seed)[:stop]  # what was prepared is lost, and comes again
+    assert before + stream(source, other, stop, 4, seed) == stream(open_source(folders[3]), 1, 0, stop + 4, seed)
 
 
 @pytest.mark.slow

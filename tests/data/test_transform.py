@@ -21,14 +21,27 @@ def by_torchvision(pixels: np.ndarray, height: int, width: int, lanczos: bool) -
 @pytest.mark.parametrize("lanczos", [False, True])
 @pytest.mark.parametrize(
     ("size", "to"),
-    [((97, 131), (64, 64)), ((131, 97), (64, 96)), ((33, 20), (64, 64)), ((200, 50), (32, 64)), ((64, 100), (64, 64))],
+    [
+        ((97, 131), (64, 64)),
+        ((131, 97), (64, 96)),
+        ((33, 20), (64, 64)),
+        ((200, 50), (32, 64)),
+        ((64, 100), (64, 64)),
+        ((1, 1), (5, 3)),
+        ((3, 400), (7, 2)),
+        ((901, 1203), (64, 96)),
+    ],
 )
 def test_equals_torchvision(size: tuple[int, int], to: tuple[int, int], lanczos: bool) -> None:
+    """On noise, the hardest case: Lanczos exactly, bicubic but for roundings."""
     pixels = np.random.default_rng(size[0]).integers(0, 256, (*size, 3), dtype=np.uint8)
-    ours, theirs = resize_and_crop(Image.fromarray(pixels), *to, lanczos=lanczos), by_torchvision(pixels, *to, lanczos)
+    pixels.flags.writeable = False
+    ours, theirs = resize_and_crop(pixels, *to, lanczos=lanczos), by_torchvision(pixels, *to, lanczos)
     assert ours.shape == theirs.shape == (*to, 3)
     assert ours.dtype == np.uint8
-    assert np.array_equal(ours, theirs)
+    off = np.abs(ours.astype(int) - theirs)
+    assert off.max() <= (0 if lanczos else 2)
+    assert (off > 0).mean() <= (0 if lanczos else 0.02)
 
 
 def test_the_scaled_size_covers_and_is_never_short() -> None:
@@ -52,4 +65,4 @@ def test_the_scaled_size_covers_and_is_never_short() -> None:
 
 def test_the_right_size_is_not_touched() -> None:
     pixels = np.arange(105, dtype=np.uint8).reshape(5, 7, 3)
-    assert np.array_equal(resize_and_crop(Image.fromarray(pixels), 5, 7), pixels)
+    assert np.array_equal(resize_and_crop(pixels, 5, 7), pixels)

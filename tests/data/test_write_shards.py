@@ -315,4 +315,4 @@ def test_a_picture_is_as_large_as_needed(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("a")
     source = open_source(tmp_path)
     assert source.image(0, (100, 100)).shape == (100, 150, 3)
-    assert source.picture(0, (100, 160)).size == (300, 200)
+    assert source.image(0, (100, 160)).shape == (200, 300, 3)

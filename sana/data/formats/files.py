@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import PurePosixPath
@@ -72,31 +71,13 @@ def _made(entries: list[Entry], bad: list[BadSample]) -> Made:
     return [table(entries)], [{"name": "", "bytes": 0}], bad
 
 
-def walk(root: str) -> dict[str, os.stat_result]:
-    """Path relative to `root` -> facts of each file below it, sorted; hidden ones and linked folders are left out."""
-    found: dict[str, os.stat_result] = {}
-    waiting = [""]
-    while waiting:
-        folder = waiting.pop()
-        with os.scandir(os.path.join(root, folder)) as items:
-            for item in items:
-                path = f"{folder}/{item.name}" if folder else item.name
-                if item.name.startswith("."):
-                    continue
-                if item.is_dir(follow_symlinks=False):
-                    waiting.append(path)
-                elif item.is_file():
-                    found[path] = item.stat()
-    return dict(sorted(found.items()))
-
-
 def open_images(storage: Storage, limits: Limits) -> Source:
     """Any folder of images, in any nesting, with ``NAME.txt``, ``NAME.caption`` or ``NAME.json`` beside ``NAME.png``.
 
     Raises:
         FileNotFoundError: there is no image.
     """
-    files = walk(storage.root)
+    files = storage.walk()
     images = [path for path in files if path.rpartition(".")[2].lower() in IMAGE_SUFFIXES]
     if not images:
         raise FileNotFoundError(
@@ -121,7 +102,7 @@ def open_images(storage: Storage, limits: Limits) -> Source:
                 bad.append(BadSample(path, key, f"unreadable: {type(error).__name__}: {error}"))
         return _made(entries, bad)
 
-    stamps = ([path, facts.st_size, facts.st_mtime_ns] for path, facts in files.items())
+    stamps = ([path, facts.size, facts.stamp] for path, facts in files.items())
     return _source(storage, "images", "images", limits, stamps, make)
 
 

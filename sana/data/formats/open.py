@@ -68,12 +68,12 @@ def _open_folder(storage: Storage, split: str, limits: Limits) -> Source:
         return open_published(storage, limits)
     if tars := tars_of_split(names, split):
         return open_tars(storage, tars, split, limits)
-    if not isinstance(storage, LocalFolder):
+    if not isinstance(storage, LocalFolder) and (split != "train" or not storage.walk()):
         raise FileNotFoundError(
-            f"{storage.root}: neither {index_name(split)} nor tars of split {split!r}; images behind a URL are read "
-            "from tars or tables (a server without listings needs the names: shard-{000..063}.tar)"
+            f"{storage.root}: neither {index_name(split)} nor tars of split {split!r} behind a URL; a server without "
+            "listings needs the names of tars or of a table: shard-{000..063}.tar"
         )
-    if (Path(storage.root) / split).is_dir():
+    if isinstance(storage, LocalFolder) and (Path(storage.root) / split).is_dir():
         return _open_folder(LocalFolder(Path(storage.root) / split), "train", limits)
     if split != "train":
         raise FileNotFoundError(f"{storage.root} has no split {split!r}; expected {split}-*.tar or a folder {split}")
