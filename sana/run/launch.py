@@ -5,14 +5,10 @@ Until a configuration has passed its check nothing heavy is imported: help and r
 
 from __future__ import annotations
 
-import os
 import re
-import signal
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sana.allocator import DRAWING, TRAINING, keep_pages
@@ -34,6 +30,7 @@ python train.py                                              the tiny recipe on 
 python train.py model=sana_1600m strategy=fsdp dry_run=true  what a big run would need, on any machine
 python train.py experiment=image/sana_600m_1024px data.folder=/my/shards
 python train.py -m seed=1,2 trainer.max_steps=20             two runs, one after the other
+python train.py -m sweep=optuna sweep.trials=20 'optimizer.lr=tag(log,interval(1e-4,1e-1))'
 python train.py --rerun runs/tiny/2026-01-31_12-00-00_0      the same settings again""",
     "sample": """\
 python sample.py ckpt=runs/tiny/2026-01-31_12-00-00_0 prompt="a red circle left of a blue square" n=8
@@ -126,6 +123,9 @@ def _run(entry: str, task: Task, given: Arguments) -> int:
         return sweep(entry, given.overrides)
     from sana.run.saved import prepare
 
+    for text in given.overrides:
+        if text.lstrip("+").startswith(("sweep=", "sweep.")):
+            raise ConfigError(f"{text}: settings of a sweep need -m")
     composed = prepare(entry, given.overrides, rerun=given.rerun)
     if given.show:
         from sana.run.tree import print_tree
@@ -163,19 +163,8 @@ def help_text(entry: str) -> str:
     ]
     if entry == "train":
         lines += [
-            "  -m, --multirun   one run per combination of comma-separated values",
+            "  -m, --multirun   one run per combination of comma-separated values; the same command again goes on",
+            "                   with what is missing or failed; sweep=optuna searches, sweep.parallel=2 runs two at a time",
             "  --rerun DIR      the settings of an earlier run; further settings change them",
         ]
     return "\n".join(lines)
-
-
-def run_job(entry: str, overrides: Sequence[str]) -> int:
-    """Run an entry point in a process group of its own and wait for it; ctrl-C is passed on. Returns its exit
-    code."""
-    script = Path(__file__).resolve().parents[2] / f"{entry}.py"
-    process = subprocess.Popen([sys.executable, str(script), *overrides], start_new_session=True)
-    while True:
-        try:
-            return process.wait()
-        except KeyboardInterrupt:
-            os.killpg(process.pid, signal.SIGINT)
