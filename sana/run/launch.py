@@ -164,7 +164,7 @@ def help_text(entry: str) -> str:
     if entry == "train":
         lines += [
             "  -m, --multirun   one run per combination of comma-separated values; the same command again goes on",
-            "                   with what is missing or failed; sweep=optuna searches, sweep.parallel=2 runs two at a time",
+            "                   with what is missing or failed; sweep=optuna searches, sweep.parallel=2: two at a time",
             "  --rerun DIR      the settings of an earlier run; further settings change them",
         ]
     return "\n".join(lines)

@@ -136,10 +136,9 @@ class Optuna(Search):
         if self.metric is None:
             raise ValueError("sweep.metric: Optuna needs a number of metrics.jsonl to go by, such as val/loss")
         try:
-            import optuna
+            import optuna  # noqa: F401
         except ImportError:
             raise ValueError("sweep=optuna needs Optuna: pip install 'sana-lab[sweep]'") from None
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
 
     def record(self) -> dict[str, Any]:
         own = {key: asdict(self)[key] for key in ("seed", "startup", "prune", "prune_after", "storage")}
@@ -173,10 +172,10 @@ class Optuna(Search):
         trials = self._study.get_trials(deepcopy=False)
         done = [t for t in trials if t.state in (TrialState.COMPLETE, TrialState.PRUNED)]
         self._missing = max(0, self.trials - len(done))
+        retried = {trial.user_attrs.get("retry_of") for trial in trials}
         for trial in trials:
-            if self._missing and trial.state == TrialState.FAIL and trial.params and "retried" not in trial.user_attrs:
-                self._study._storage.set_trial_user_attr(trial._trial_id, "retried", True)
-                self._study.enqueue_trial(trial.params)
+            if self._missing and trial.state == TrialState.FAIL and trial.params and trial.number not in retried:
+                self._study.enqueue_trial(trial.params, user_attrs={"retry_of": trial.number})
 
     def jobs(self) -> Iterator[Job]:
         """One proposal after the other, each made with all results that are known by then."""
@@ -203,6 +202,7 @@ def open_study(folder: Path, settings: Mapping[str, Any], seed: int = 0) -> Stud
     """The study of a sweep, made where it is not there yet."""
     import optuna
 
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
     path = folder / STORAGES[settings["storage"]]
     if settings["storage"] == "journal":
         storage: Any = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(path)))
