@@ -5,6 +5,7 @@ Until a configuration has passed its check nothing heavy is imported: help and r
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -23,6 +24,7 @@ Task = Callable[["Composed"], int | None]
 # Settings that are prose: what stands behind the sign is the text, commas and quotes included.
 PROSE = {"sample": ("prompt", "negative")}
 QUOTED = re.compile(r"""\"(?:[^\"\\]|\\.)*\"|'(?:[^'\\]|\\.)*'|\[.*\]""", re.DOTALL)
+SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|API_?KEY|CREDENTIAL", re.IGNORECASE)
 REFUSED = 2  # exit code: the run did not start, and one line says why
 EXAMPLES = {
     "train": """\
@@ -110,10 +112,18 @@ def launch(entry: str, task: Task, arguments: Sequence[str] | None = None) -> in
             return 0
         return _run(entry, task, given)
     except ConfigError as error:
-        print(f"{entry}.py: {error}".replace("\n", f"\n{entry}.py: "), file=sys.stderr)
+        print(without_secrets(f"{entry}.py: {error}".replace("\n", f"\n{entry}.py: ")), file=sys.stderr)
         return REFUSED
     except KeyboardInterrupt:
         return 130
+
+
+def without_secrets(text: str) -> str:
+    """The text without values of environment variables whose names say that they are secret."""
+    for name, value in os.environ.items():
+        if SECRET.search(name) and len(value) >= 8:
+            text = text.replace(value, "***")
+    return text
 
 
 def _run(entry: str, task: Task, given: Arguments) -> int:
