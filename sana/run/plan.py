@@ -22,7 +22,7 @@ from rich.markup import escape
 from rich.table import Table
 from torch import nn
 
-from sana.run.activations import Shape, saved_bytes
+from sana.run.activations import Kept, Shape, kept_bytes
 from sana.run.build import build
 from sana.run.compose import Composed
 from sana.run.error import ConfigError
@@ -46,7 +46,7 @@ class Plan:
         sharded: whether weights, gradients and states are split over them.
         weights, gradients, states, average, frozen: bytes of one full copy; the states of the optimizer, the
             moving average, and the encoders.
-        activations: bytes that autograd saves for one micro-batch on one device.
+        activations: bytes of one micro-batch on one device.
         batch, micro: samples per update, and per forward pass on one device.
         tokens, text_tokens: per sample.
         flops: forward and backward of the network per update, recomputation included.
@@ -60,7 +60,7 @@ class Plan:
     states: int
     average: int
     frozen: int
-    activations: int
+    activations: Kept
     batch: int
     micro: int
     tokens: int
@@ -71,7 +71,7 @@ class Plan:
     def per_device(self) -> int:
         """Bytes on one device: states, sharded if they are, frozen parts, and activations."""
         kept = self.weights + self.gradients + self.states + self.average
-        return kept // (self.devices if self.sharded else 1) + self.frozen + self.activations
+        return kept // (self.devices if self.sharded else 1) + self.frozen + self.activations.peak
 
 
 def make_plan(composed: Composed) -> Plan:
@@ -119,7 +119,7 @@ def make_plan(composed: Composed) -> Plan:
         states=state_bytes(build(config.optimizer, "optimizer"), network),
         average=0 if config.model.get("ema_decay") is None else trained * FLOAT,
         frozen=(0 if autoencoder is None else _count(autoencoder) * FLOAT) + (text or 0) * HALF,
-        activations=saved_bytes(partial(_shallow, config.network), len(network.blocks), every, shape, low),
+        activations=kept_bytes(partial(_shallow, config.network), len(network.blocks), every, shape, low),
         batch=batch,
         micro=micro,
         tokens=grid.tokens,
@@ -128,11 +128,12 @@ def make_plan(composed: Composed) -> Plan:
     )
 
 
-def _shallow(node: DictConfig, depth: int) -> nn.Module:
-    """The network cut to `depth` blocks, without recomputation."""
-    changed = OmegaConf.merge(node, {"depth": depth, "checkpoint_every": 0})
+def _shallow(node: DictConfig, depth: int, checkpoint_every: int) -> nn.Module:
+    """The network cut to `depth` blocks, on the meta device."""
+    changed = OmegaConf.merge(node, {"depth": depth, "checkpoint_every": checkpoint_every})
     changed._set_parent(node._get_parent())  # references to other sections still resolve
-    return build(changed, "network")  # type: ignore[arg-type]
+    with torch.device("meta"):
+        return build(changed, "network")  # type: ignore[arg-type]
 
 
 def _on_meta(node: DictConfig | None) -> nn.Module | None:
@@ -232,7 +233,7 @@ def print_plan(composed: Composed, console: Console | None = None) -> None:
         ("optimizer states", plan.states, str(composed.resolved["optimizer"]["_target_"])),
         ("moving average", plan.average, "model.ema_decay"),
         ("frozen encoders", plan.frozen, "autoencoder fp32, text encoder bf16"),
-        ("activations", plan.activations, f"estimate, {plan.micro} samples on one device"),
+        ("activations", plan.activations.peak, f"{plan.micro} samples on one device"),
         ("per device", plan.per_device, _sharing(plan)),
     ):
         table.add_row(name, f"{size / 2**30:,.3f} GiB", escape(note))
