@@ -27,7 +27,8 @@ from sana.run.watch import Watch, best_of, values_of
 
 ROOT = Path(__file__).resolve().parents[2]
 POLL = 0.5  # seconds between looks at the run's numbers and at the sweep
-GRACE = 60.0  # seconds that a run has to end after SIGTERM
+GRACE = {"killed": 60.0, "pruned": 20.0}  # seconds that a run has to end after SIGTERM
+ORPHANED = 20.0  # the same where nobody waits for it any more
 DONE = ("finished", "pruned")
 # Of the process that started the sweep; a run finds its own.
 RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "NODE_RANK", "MASTER_ADDR",
@@ -197,15 +198,15 @@ def _watch(process: subprocess.Popen[bytes], watch: Watch | None, metrics: Path)
             with suppress(subprocess.TimeoutExpired):
                 process.wait(POLL)
                 return ended
-            why = None
+            why, grace = None, 0.0
             if asked:
                 why = ("killed", f"the sweep got {signal.Signals(asked[0]).name}")
             elif os.getppid() != parent:
-                why = ("killed", "the sweep was killed")
+                why, grace = ("killed", "the sweep was killed"), ORPHANED
             elif watch is not None and ended is None and (poor := watch.look(metrics)):
                 why = ("pruned", poor)
             if why is not None and ended is None:
-                ended, deadline = why, time.monotonic() + GRACE
+                ended, deadline = why, time.monotonic() + (grace or GRACE[why[0]])
                 _signal(process.pid, signal.SIGTERM)
             if deadline is not None and (time.monotonic() > deadline or len(asked) > 1):
                 _signal(process.pid, signal.SIGKILL)

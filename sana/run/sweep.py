@@ -35,7 +35,7 @@ from sana.run.search import Search
 
 # Keys of sweep.json that make two commands the same sweep; the number of trials may grow.
 IDENTITY = "identity"
-LEFT = 90.0  # seconds to wait for runs of a killed sweep to end
+LEFT = 180.0  # seconds to wait for runs of a killed sweep to end
 
 
 def sweep(entry: str, overrides: Sequence[str]) -> int:
