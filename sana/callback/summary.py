@@ -15,7 +15,8 @@ class DifferentRanksError(RuntimeError):
 
 
 class Summary(Callback):
-    """Prints optimizer and learning rate of each trained module, of all ranks, and stops a run whose ranks differ.
+    """Prints optimizer and learning rate of each trained module, of all ranks, and what saves memory; stops a run whose
+    ranks differ.
 
     A launcher that gives ranks settings of their own (a sweep that its workers see too) trains garbage without any
     other sign of it.
@@ -41,6 +42,27 @@ class Summary(Callback):
                 rates = ", ".join(f"{other[f'{name}.lr']:.6g}" for other in everyone)
                 ranks = f" on {len(everyone)} ranks" if len(everyone) > 1 else ""
                 print(f"{name}: {own[f'{name}.optimizer']}, lr {rates}{ranks}", flush=True)
+            for line in _active(pl_module):
+                print(line, flush=True)
+
+
+def _active(recipe: Recipe) -> list[str]:
+    """What saves memory or time in this run, found on the parts themselves."""
+    lines = []
+    for name, module in recipe.trainables().items():
+        blocks = list(getattr(module, "blocks", []))
+        compiled = sum(getattr(block, "_compiled_call_impl", None) is not None for block in blocks)
+        every = getattr(module, "checkpoint_every", 0)
+        recomputed = len(range(0, len(blocks), every)) if every else 0
+        if compiled:
+            lines.append(f"{name}: {compiled} of {len(blocks)} blocks are compiled")
+        if recomputed:
+            lines.append(
+                f"{name}: {recomputed} of {len(blocks)} blocks are recomputed, keeping {module.checkpoint_keep}"
+            )
+    if recipe.frozen.place != "device":
+        lines.append(f"frozen parts ({', '.join(recipe.frozen)}): {recipe.frozen.place}")
+    return lines
 
 
 def _settings(recipe: Recipe, trainer: Trainer) -> dict[str, Any]:

@@ -31,6 +31,7 @@ EXAMPLES = {
 python train.py                                              the tiny recipe on the embedded scenes
 python train.py model=sana_1600m strategy=fsdp dry_run=true  what a big run would need, on any machine
 python train.py experiment=image/sana_600m_1024px data.folder=/my/shards
+python train.py debug=overfit                                one batch again and again (limit, profiler, fdr)
 python train.py -m seed=1,2 trainer.max_steps=20             two runs, one after the other
 python train.py -m sweep=optuna sweep.trials=20 'optimizer.lr=tag(log,interval(1e-4,1e-1))'
 python train.py --rerun runs/tiny/2026-01-31_12-00-00_0      the same settings again""",
@@ -131,6 +132,7 @@ def _run(entry: str, task: Task, given: Arguments) -> int:
         from sana.run.sweep import sweep
 
         return sweep(entry, given.overrides)
+    from sana.run.records import is_first_rank
     from sana.run.saved import prepare
 
     for text in given.overrides:
@@ -147,6 +149,11 @@ def _run(entry: str, task: Task, given: Arguments) -> int:
 
         print_plan(composed)
         return 0
+    if entry == "train" and is_first_rank():
+        from sana.run.plan import switches
+
+        for line in switches(composed):
+            print(line, flush=True)
     keep_pages(TRAINING if entry == "train" else DRAWING)
     return task(composed) or 0
 

@@ -22,7 +22,7 @@ from rich.markup import escape
 from rich.table import Table
 from torch import nn
 
-from sana.run.activations import Kept, Shape, kept_bytes
+from sana.run.activations import Shape, kept_bytes
 from sana.run.build import build
 from sana.run.compose import Composed
 from sana.run.error import ConfigError
@@ -34,6 +34,7 @@ GEMMA_2_2B = {
     "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256,
 }  # fmt: skip
 FLOAT, HALF = 4, 2  # bytes
+FRUGAL = ("CAME", "CAME8bit", "AdamW8bit")  # optimizers whose states take less than AdamW's
 
 
 @dataclass(frozen=True)
@@ -44,9 +45,9 @@ class Plan:
         parameters: by part, exact; None where the part's weights are not on this machine.
         devices: processes that share the work.
         sharded: whether weights, gradients and states are split over them.
-        weights, gradients, states, average, frozen: bytes of one full copy; the states of the optimizer, the
-            moving average, and the encoders.
-        activations: bytes of one micro-batch on one device.
+        weights, gradients, states, average: bytes of one full copy; the states of the optimizer, the moving average.
+        frozen: bytes that the encoders take on a device at a time.
+        activations: bytes of one micro-batch on one device, at the deepest point of the backward pass.
         batch, micro: samples per update, and per forward pass on one device.
         tokens, text_tokens: per sample.
         flops: forward and backward of the network per update, recomputation included.
@@ -60,7 +61,7 @@ class Plan:
     states: int
     average: int
     frozen: int
-    activations: Kept
+    activations: int
     batch: int
     micro: int
     tokens: int
@@ -71,7 +72,7 @@ class Plan:
     def per_device(self) -> int:
         """Bytes on one device: states, sharded if they are, frozen parts, and activations."""
         kept = self.weights + self.gradients + self.states + self.average
-        return kept // (self.devices if self.sharded else 1) + self.frozen + self.activations.peak
+        return kept // (self.devices if self.sharded else 1) + self.frozen + self.activations
 
 
 def make_plan(composed: Composed) -> Plan:
@@ -118,14 +119,21 @@ def make_plan(composed: Composed) -> Plan:
         gradients=trained * FLOAT,
         states=state_bytes(build(config.optimizer, "optimizer"), network),
         average=0 if config.model.get("ema_decay") is None else trained * FLOAT,
-        frozen=(0 if autoencoder is None else _count(autoencoder) * FLOAT) + (text or 0) * HALF,
-        activations=kept_bytes(partial(_shallow, config.network), len(network.blocks), every, shape, low),
+        frozen=frozen_bytes(0 if autoencoder is None else _count(autoencoder), text or 0, config.model.get("frozen")),
+        activations=kept_bytes(partial(_shallow, config.network), len(network.blocks), every, shape, low).peak,
         batch=batch,
         micro=micro,
         tokens=grid.tokens,
         text_tokens=text_tokens,
         flops=round(forward * (3 + share)) * batch,
     )
+
+
+def frozen_bytes(autoencoder: int, text: int, place: str | None) -> int:
+    """Bytes on a device of encoders with so many parameters, where they stay there, in main memory ("cpu"), or come one
+    at a time ("offload")."""
+    sizes = (autoencoder * FLOAT, text * HALF)
+    return {"cpu": 0, "offload": max(sizes)}.get(place or "device", sum(sizes))
 
 
 def _shallow(node: DictConfig, depth: int, checkpoint_every: int) -> nn.Module:
@@ -232,8 +240,8 @@ def print_plan(composed: Composed, console: Console | None = None) -> None:
         ("gradients", plan.gradients, "fp32"),
         ("optimizer states", plan.states, str(composed.resolved["optimizer"]["_target_"])),
         ("moving average", plan.average, "model.ema_decay"),
-        ("frozen encoders", plan.frozen, "autoencoder fp32, text encoder bf16"),
-        ("activations", plan.activations.peak, f"{plan.micro} samples on one device"),
+        ("frozen encoders", plan.frozen, "on a device: autoencoder fp32, text encoder bf16"),
+        ("activations", plan.activations, f"{plan.micro} samples on one device"),
         ("per device", plan.per_device, _sharing(plan)),
     ):
         table.add_row(name, f"{size / 2**30:,.3f} GiB", escape(note))
@@ -242,6 +250,55 @@ def print_plan(composed: Composed, console: Console | None = None) -> None:
     table.add_row("text tokens per update", f"{plan.batch * plan.text_tokens:,}", f"{plan.text_tokens} per caption")
     table.add_row("FLOPs per update", f"{plan.flops:.4g}", "network, forward, backward and recomputation")
     console.print(table)
+    for line in switches(composed, plan):
+        console.print(escape(line))
+
+
+def switches(composed: Composed, plan: Plan | None = None) -> list[str]:
+    """A line for each way of saving memory that is on: what it saves, by the plan. [] where none is.
+
+    Args:
+        composed: a checked training configuration.
+        plan: its plan, made here if need be.
+    """
+    values, lines = composed.resolved, []
+    network, model, data = values["network"], values["model"], values["data"]
+    if network is None or values["optimizer"] is None:
+        return []
+    target = str(values["optimizer"]["_target_"]).rpartition(".")[2]
+    every = int(network.get("checkpoint_every", 0))
+    frugal = target in FRUGAL
+    place = model.get("frozen", "device")
+    if every or frugal or place != "device":
+        plan = plan or make_plan(composed)
+    if every and plan is not None:
+        config = composed.config.copy()
+        config.network.checkpoint_every = 0
+        whole = make_plan(Composed(composed.entry, config, composed.overrides)).activations
+        kept = network.get("checkpoint_keep", "input")
+        lines.append(
+            f"recomputation: on for every {every}. block, which keeps its {kept}: {_gib(plan.activations)} of "
+            f"activations instead of {_gib(whole)} per micro-batch, {_gib(whole - plan.activations)} less"
+        )
+    if frugal and plan is not None:
+        plain = 2 * plan.weights
+        lines.append(
+            f"optimizer states: {target} keeps {_gib(plan.states)}, {_gib(plain - plan.states)} less than AdamW"
+        )
+    if place != "device" and plan is not None:
+        count = {name: plan.parameters.get(name) or 0 for name in ("autoencoder", "text encoder")}
+        all_of_it = frozen_bytes(count["autoencoder"], count["text encoder"], None)
+        lines.append(f"frozen encoders: {place}, {_gib(all_of_it - plan.frozen)} less on each device")
+    if model.get("compile"):
+        lines.append("compile: on, block by block; what it fuses is not kept (not predicted here)")
+    for key, part in (("cache_latents", "autoencoder"), ("cache_text", "text encoder")):
+        if data.get(key):
+            lines.append(f"data.{key}: on, the {part} does not run in the step: neither its time nor its activations")
+    return lines
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:,.3f} GiB"
 
 
 def _sharing(plan: Plan) -> str:
