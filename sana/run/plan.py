@@ -194,7 +194,15 @@ def _step(factory: Callable[..., torch.optim.Optimizer], shape: tuple[int, ...],
     parameter.grad = torch.zeros_like(parameter)
     optimizer = factory([parameter])
     optimizer.step()
-    return [v for state in optimizer.state.values() for v in state.values() if isinstance(v, torch.Tensor)]
+    states = [v for state in optimizer.state.values() for v in state.values() if isinstance(v, torch.Tensor)]
+    # Some are wrappers of what they are made of, such as codes and scales.
+    return [part for state in states for part in _parts(state)]
+
+
+def _parts(tensor: torch.Tensor) -> list[torch.Tensor]:
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return [tensor]
+    return [part for name in tensor.__tensor_flatten__()[0] for part in _parts(getattr(tensor, name))]
 
 
 def text_parameters(node: DictConfig) -> int | None:
