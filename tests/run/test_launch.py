@@ -240,3 +240,15 @@ def test_dry_run_and_cfg_do_not_reach_the_task(capsys: pytest.CaptureFixture[str
     assert "a plan" in capsys.readouterr().out
     assert launch("train", never, ["--cfg"]) == 0
     assert "sana.network.sana.Sana" in capsys.readouterr().out
+
+
+def test_the_batch_rule_is_shown_with_its_numbers() -> None:
+    """Published: 1e-4 at a batch of 256; at 64 a half of it by the square root, a quarter in proportion."""
+    for rule, rate in (("sqrt", "5e-05"), ("linear", "2.5e-05"), ("null", "0.0001")):
+        console = Console(record=True, width=200, file=open(os.devnull, "w"))  # noqa: SIM115
+        composed = prepare("train", ["optimizer=came", "data.batch_size=64", f"optimizer.lr.rule={rule}"])
+        print_tree(composed, console)
+        rule = "None" if rule == "null" else rule
+        assert f"{rate}: 0.0001 at batch 256, rule {rule} at batch 64" in console.export_text()
+        optimizer = build(composed.config.optimizer, "optimizer")
+        assert optimizer.keywords["lr"] == pytest.approx(float(rate))

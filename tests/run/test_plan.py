@@ -15,7 +15,7 @@ from sana.run.activations import Shape, kept_bytes
 from sana.run.build import build
 from sana.run.compose import compose
 from sana.run.error import ConfigError
-from sana.run.plan import gemma2_parameters, make_plan, state_bytes
+from sana.run.plan import gemma2_parameters, make_plan, state_bytes, switches
 from sana.types import Condition, Grid
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -267,3 +267,21 @@ def test_the_biggest_plan_fits_a_small_machine() -> None:
     # 20 s are asked for; processor time, because the machine may be busy with other tests.
     assert seconds < 20
     assert kib / 2**20 < 4
+
+
+def test_each_way_of_saving_memory_says_what_it_saves() -> None:
+    assert switches(compose("train", ["data.cache_latents=false"])) == []
+    line = [*MID, "data.batch_size=64", "data.cache_text=true"]
+    saving = ["network.checkpoint_every=1", "optimizer=came_8bit", "model.frozen=offload", "model.compile=true"]
+    plan, whole = make_plan(compose("train", [*line, *saving])), make_plan(compose("train", line))
+    said = {text.split(":")[0]: text for text in switches(compose("train", [*line, *saving]))}
+    assert set(said) == {"recomputation", "optimizer states", "frozen encoders", "compile", "data.cache_latents",
+                         "data.cache_text"}  # fmt: skip
+    gib = 2**30
+    assert f"{(whole.activations - plan.activations) / gib:.3f} GiB less" in said["recomputation"]
+    assert f"{(8 * plan.weights / 4 - plan.states) / gib:.3f} GiB less than AdamW" in said["optimizer states"]
+    assert f"{(whole.frozen - plan.frozen) / gib:.3f} GiB less on each device" in said["frozen encoders"]
+    counts = plan.parameters
+    assert whole.frozen == 4 * counts["autoencoder"] + 2 * counts["text encoder"]
+    assert plan.frozen == max(4 * counts["autoencoder"], 2 * counts["text encoder"])
+    assert plan.activations < whole.activations
