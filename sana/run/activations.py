@@ -36,10 +36,12 @@ class Kept:
     Attributes:
         forward: alive between forward and backward.
         recomputed: what a block that is recomputed adds while its backward runs.
+        whole: what `forward` would be without recomputation.
     """
 
     forward: int
     recomputed: int
+    whole: int
 
     @property
     def peak(self) -> int:
@@ -65,11 +67,12 @@ def kept_bytes(
     one, two = (_alive(network(layers, 0), shape, bf16) for layers in (1, 2))
     block, rest = two - one, 2 * one - two
     recomputed = len(range(0, depth, checkpoint_every)) if checkpoint_every else 0
+    whole = rest + depth * block
     if not recomputed:
-        return Kept(rest + depth * block, 0)
+        return Kept(whole, 0, whole)
     one, two = (_alive(network(layers, 1), shape, bf16) for layers in (1, 2))
     less = two - one
-    return Kept(rest + (depth - recomputed) * block + recomputed * less, max(block - less, 0))
+    return Kept(rest + (depth - recomputed) * block + recomputed * less, max(block - less, 0), whole)
 
 
 class Storages(TorchDispatchMode):

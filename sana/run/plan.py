@@ -51,6 +51,7 @@ class Plan:
         batch, micro: samples per update, and per forward pass on one device.
         tokens, text_tokens: per sample.
         flops: forward and backward of the network per update, recomputation included.
+        whole: what `activations` would be without recomputation.
     """
 
     parameters: dict[str, int | None]
@@ -67,6 +68,7 @@ class Plan:
     tokens: int
     text_tokens: int
     flops: int
+    whole: int = 0
 
     @property
     def per_device(self) -> int:
@@ -107,6 +109,7 @@ def make_plan(composed: Composed) -> Plan:
     recomputed = sum(1 for i in range(len(network.blocks)) if every and i % every == 0)
     forward = network.flops(grid, text_tokens)
     share = recomputed / len(network.blocks)
+    kept = kept_bytes(partial(_shallow, config.network), len(network.blocks), every, shape, low)
     return Plan(
         parameters={
             "network": trained,
@@ -120,12 +123,13 @@ def make_plan(composed: Composed) -> Plan:
         states=state_bytes(build(config.optimizer, "optimizer"), network),
         average=0 if config.model.get("ema_decay") is None else trained * FLOAT,
         frozen=frozen_bytes(0 if autoencoder is None else _count(autoencoder), text or 0, config.model.get("frozen")),
-        activations=kept_bytes(partial(_shallow, config.network), len(network.blocks), every, shape, low).peak,
+        activations=kept.peak,
         batch=batch,
         micro=micro,
         tokens=grid.tokens,
         text_tokens=text_tokens,
         flops=round(forward * (3 + share)) * batch,
+        whole=kept.whole,
     )
 
 
@@ -181,10 +185,11 @@ def state_bytes(factory: Callable[..., torch.optim.Optimizer], network: nn.Modul
     shapes = Counter(tuple(p.shape) for p in network.parameters() if p.requires_grad)
     total = 0
     for shape, count in shapes.items():
-        try:
-            states = _step(factory, shape, "meta")
-        except RuntimeError:  # fused kernels exist for real devices only
-            states = _step(factory, shape, "cpu")
+        with torch.compiler.set_stance("force_eager"):
+            try:
+                states = _step(factory, shape, "meta")
+            except RuntimeError:  # fused kernels exist for real devices only
+                states = _step(factory, shape, "cpu")
         total += count * sum(t.numel() * t.element_size() for t in states)
     return total
 
@@ -280,9 +285,7 @@ def switches(composed: Composed, plan: Plan | None = None) -> list[str]:
     if every or frugal or place != "device":
         plan = plan or make_plan(composed)
     if every and plan is not None:
-        config = composed.config.copy()
-        config.network.checkpoint_every = 0
-        whole = make_plan(Composed(composed.entry, config, composed.overrides)).activations
+        whole = plan.whole
         kept = network.get("checkpoint_keep", "input")
         lines.append(
             f"recomputation: on for every {every}. block, which keeps its {kept}: {_gib(plan.activations)} of "

@@ -444,3 +444,27 @@ def test_slurm_and_ray_compose() -> None:
 def test_configurations_of_launchers_say_what_they_are() -> None:
     text = (ROOT / "conf" / "hydra" / "launcher" / "ray.yaml").read_text()
     assert yaml.safe_load(text)["_target_"] == "sana.run.ray_launcher.RayLauncher"
+
+
+@pytest.mark.parametrize(
+    "launcher",
+    ["submitit_local", pytest.param("ray", marks=pytest.mark.slow)],
+)
+def test_launchers_of_hydra_run_jobs(launcher: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SLURM's launcher differs from the local one in the executor; a cluster of either kind is not at hand."""
+    from sana.run.launchers import find_launcher
+
+    pytest.importorskip("ray" if launcher == "ray" else "submitit")
+    monkeypatch.setenv("STEPS", "1")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    (tmp_path / "child.py").write_text(CHILD)
+    folder = tmp_path / "sweep"
+    folder.mkdir()
+    (folder / "sweep.json").write_text(json.dumps({**SETTINGS, "entry": str(tmp_path / "child"), "cwd": str(tmp_path)}))
+    told: list[Job] = []
+    jobs = (write_job(folder, Job(number, [f"seed={number}"])) for number in (0, 2, 5))
+    find_launcher("train", [f"hydra/launcher={launcher}"], 2, None).run(folder, jobs, told.append)
+    assert [(job.number, job.status, job.value) for job in told] == [
+        (0, "finished", 1.0), (2, "finished", 1.0), (5, "finished", 1.0)
+    ]  # fmt: skip
+    assert sorted(path.name for path in folder.iterdir() if path.name.isdigit()) == ["0", "2", "5"]
