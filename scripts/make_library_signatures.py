@@ -19,6 +19,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from sana.run.allow import identity
+
 TABLE = Path(__file__).resolve().parents[1] / "sana" / "run" / "library_signatures.json"
 
 NAMES = (
@@ -42,9 +44,10 @@ NAMES = (
     "torch.optim.Adam",
     "torch.optim.AdamW",
     "torch.optim.SGD",
+    "torchao.optim.AdamW8bit",
 )
 
-LIBRARIES = ("lightning", "torch", "wandb")
+LIBRARIES = ("lightning", "torch", "torchao", "wandb")
 
 # Where **kwargs of a class go, so that a misspelt name among them is found too.
 FORWARDED = {
@@ -89,7 +92,7 @@ def _render(annotation: Any) -> str:
 
 
 def read(name: str) -> dict[str, Any]:
-    """Arguments of one target: name -> [annotation, required], and whether others are taken."""
+    """Where one target is defined, its arguments (name -> [annotation, required]), and whether others are taken."""
     parameters, is_open = {}, False
     for parameter in inspect.signature(find(name)).parameters.values():
         if parameter.kind is parameter.VAR_KEYWORD:
@@ -101,7 +104,7 @@ def read(name: str) -> dict[str, Any]:
         for key, (text, _) in read(FORWARDED[name])["parameters"].items():
             parameters.setdefault(key, [text, False])
         is_open = False
-    return {"parameters": parameters, "open": is_open}
+    return {"identity": identity(find(name)), "parameters": parameters, "open": is_open}
 
 
 def table() -> dict[str, Any]:

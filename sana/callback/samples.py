@@ -49,7 +49,8 @@ class SampleGrid(Callback):
         prompts = [prompt for prompt in self.prompts for _ in range(self.per_prompt)]
         seeds = list(range(self.per_prompt)) * len(self.prompts)
         with recipe.averaged("network") as network, trainer.precision_plugin.forward_context():
-            painter = Painter(network, recipe.frozen.autoencoder, recipe.frozen.text_encoder, recipe.null_like)
+            parts = recipe.frozen.autoencoder, recipe.frozen.text_encoder, recipe.null_like
+            painter = Painter(network, *parts, recipe.frozen.offload)
             images = painter.draw(prompts, seeds, self.sampler, self.size, self.size)
         if trainer.is_global_zero:
             path = Path(trainer.default_root_dir) / "samples" / f"step_{trainer.global_step:08d}.png"

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from sana.data.caching import Encoding
 from sana.model.base import Optimisation, OptimizerFactory, Recipe, Schedule, share_of_good, weighted_mean
 from sana.model.encoding import encode_captions, encode_latents
-from sana.model.frozen import Frozen
+from sana.model.frozen import Frozen, Place
 from sana.ops.random import normal, spread, uniform
 from sana.types import Batch, Condition
 
@@ -32,6 +32,8 @@ class ImageModule(Recipe):
         seed: key of all randomness, with each sample's position in the stream.
         accumulate: micro-batches per update.
         compile: compile each block of the network (needs a C++ compiler on CPU).
+        frozen: where the encoders are, see `Frozen`: on the "device", on the "cpu", or "offload": there only while they
+            work.
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class ImageModule(Recipe):
         seed: int = 0,
         accumulate: int = 1,
         compile: bool = False,
+        frozen: Place = "device",
     ) -> None:
         plan = Optimisation(optimizer, schedule, clip_norm, ema_decay)
         super().__init__({"network": plan}, seed=seed, accumulate=accumulate)
@@ -59,7 +62,7 @@ class ImageModule(Recipe):
         if null_mask not in ("own", "caption"):
             raise ValueError(f"null_mask must be 'own' or 'caption', got {null_mask!r}")
         self.network = network
-        self.frozen = Frozen(autoencoder=autoencoder, text_encoder=text_encoder)
+        self.frozen = Frozen(frozen, autoencoder=autoencoder, text_encoder=text_encoder)
         self.objective = objective
         self.timestep = timestep
         self.caption_dropout = caption_dropout
@@ -107,15 +110,27 @@ class ImageModule(Recipe):
         if batch.latent is not None:
             return batch.latent.float().unsqueeze(2)
         assert batch.image is not None
-        with torch.no_grad():
-            return self.frozen.autoencoder.encode(batch.image).float().unsqueeze(2)
+        with torch.no_grad(), self.frozen.working("autoencoder", self.device) as (autoencoder, place):
+            return autoencoder.encode(batch.image.to(place)).to(self.device).float().unsqueeze(2)
 
     def encodings(self) -> dict[str, Encoding]:
         """How images become latents and captions become features, for caches: "latents" and "text"."""
+        here = self.device if self.frozen.place == "device" else torch.device("cpu")
         return {
-            "latents": encode_latents(self.frozen.autoencoder, self.device),
-            "text": encode_captions(self.frozen.text_encoder),
+            "latents": self._at_work("autoencoder", encode_latents(self.frozen.autoencoder, here)),
+            "text": self._at_work("text_encoder", encode_captions(self.frozen.text_encoder)),
         }
+
+    def _at_work(self, name: str, encoding: Encoding) -> Encoding:
+        """The encoding by a part that comes to its device for each call, where it does."""
+        if self.frozen.place != "offload":
+            return encoding
+
+        def encode(given: Any) -> Any:
+            with torch.no_grad(), self.frozen.working(name, self.device) as (_, place):
+                return encoding.encode(given.to(place) if isinstance(given, Tensor) else given)
+
+        return encoding._replace(encode=encode)
 
     def condition(self, batch: Batch) -> Condition:
         """Features of the captions, with caption dropout by position."""
@@ -135,15 +150,15 @@ class ImageModule(Recipe):
 
     def encode_text(self, captions: list[str]) -> Condition:
         """Features of captions from the frozen text encoder."""
-        with torch.no_grad():
-            return self.frozen.text_encoder.encode(captions)
+        with torch.no_grad(), self.frozen.working("text_encoder", self.device) as (encoder, _):
+            return _to(encoder.encode(captions), self.device)
 
     def null_like(self, condition: Condition) -> Condition:
         """The null embedding for every sample of `condition`, cut or padded to its length, with the mask that
         `null_mask` asks for."""
         b, l, _ = condition.text.shape
-        with torch.no_grad():
-            null = self.frozen.text_encoder.null(b)
+        with torch.no_grad(), self.frozen.working("text_encoder", self.device) as (encoder, _):
+            null = _to(encoder.null(b), condition.text.device)
         text, mask = _fit(null.text, l), None if null.mask is None else _fit(null.mask, l)
         if self.null_mask == "caption":
             mask = condition.mask
@@ -169,6 +184,11 @@ class ImageModule(Recipe):
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """Move the tensors of a `Batch`."""
         return batch.to(device)
+
+
+def _to(condition: Condition, device: torch.device) -> Condition:
+    mask = None if condition.mask is None else condition.mask.to(device)
+    return Condition(text=condition.text.to(device), mask=mask)
 
 
 def _fit(rows: Tensor, length: int) -> Tensor:

@@ -69,6 +69,7 @@ def load_weights(
 
 def make_painter(module: ImageModule, device: str | torch.device) -> Painter:
     """A painter with the recipe's parts in eval mode on a device."""
+    module.frozen.place = "device"  # of a run that draws, not of the one that trained
     module.frozen.to(device)
     network = for_inference(module.network.to(device).eval().requires_grad_(False))
     return Painter(network, module.frozen.autoencoder, module.frozen.text_encoder, module.null_like)

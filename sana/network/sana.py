@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from sana.nn.block import Block
 from sana.nn.embed import FinalLayer, GuidanceEmbedding, Modulation, PatchEmbed, TextEmbedding, TimeEmbedding
@@ -16,6 +18,17 @@ from sana.nn.linear import Linear
 from sana.types import Condition, Context, Edits, Grid, Prepared, State, Times
 
 NO_EDITS = Edits()
+# What is dear to compute again: matrix products and convolutions.
+PRODUCTS = frozenset(
+    getattr(torch.ops.aten, name).default
+    for name in ("mm", "addmm", "bmm", "baddbmm", "convolution", "_scaled_dot_product_flash_attention_for_cpu",
+                 "_scaled_dot_product_flash_attention", "_scaled_dot_product_efficient_attention")
+)  # fmt: skip
+
+
+def keep_products(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    """Selective activation checkpointing: keep results of `PRODUCTS`, compute everything else again."""
+    return CheckpointPolicy.MUST_SAVE if op in PRODUCTS else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 class Sana(nn.Module):
@@ -36,6 +49,8 @@ class Sana(nn.Module):
         position: factory of a table added to the tokens, called with width, such as `SinCos2d`; None: no table, place
             comes from the zero padding of Mix-FFN.
         checkpoint_every: recompute the activations of every n-th block in the backward pass; 0: of none.
+        checkpoint_keep: what such a block keeps: "input", the least memory for a third more work; or "products", the
+            results of matrix products too, so that only cheap operations are done again.
         linear: factory of every linear layer; None: nn.Linear in the trunk, in the blocks what they name.
 
     Raises:
@@ -56,6 +71,7 @@ class Sana(nn.Module):
         guidance_embed: bool = False,
         position: Callable[..., nn.Module] | None = None,
         checkpoint_every: int = 0,
+        checkpoint_keep: Literal["input", "products"] = "input",
         linear: Linear | None = None,
     ):
         super().__init__()
@@ -63,6 +79,8 @@ class Sana(nn.Module):
             raise ValueError(f"Sana: depth {depth} with {len(blocks)} block factories; give at least one of each")
         if checkpoint_every < 0:
             raise ValueError(f"Sana: checkpoint_every must be 0 (never) or positive, not {checkpoint_every}")
+        if checkpoint_keep not in ("input", "products"):
+            raise ValueError(f"Sana: checkpoint_keep must be 'input' or 'products', not {checkpoint_keep!r}")
         if floor_time and time_scale <= 1:
             raise ValueError(f"Sana: floor_time with time_scale {time_scale} would leave no time; it needs 1000")
         own = linear or nn.Linear
@@ -73,7 +91,8 @@ class Sana(nn.Module):
             text_channels,
             patch,
         )
-        self.time_scale, self.floor_time, self.checkpoint_every = time_scale, floor_time, checkpoint_every
+        self.time_scale, self.floor_time = time_scale, floor_time
+        self.checkpoint_every, self.checkpoint_keep = checkpoint_every, checkpoint_keep
 
         self.patch_embed = PatchEmbed(in_channels, width, patch, linear=own)
         self.position = None if position is None else position(width)
@@ -242,7 +261,10 @@ class Sana(nn.Module):
         edits = (i in ctx.edits.identity_attention, ctx.edits.residual.get(i))
         arguments = (tokens, ctx, raw, kv, None if state is None else state[i], vectors, *edits)
         if self.checkpoint_every and i % self.checkpoint_every == 0 and torch.is_grad_enabled():
-            return checkpoint(self.blocks[i], *arguments, use_reentrant=False)
+            more: dict[str, Any] = {}
+            if self.checkpoint_keep == "products":
+                more["context_fn"] = partial(create_selective_checkpoint_contexts, keep_products)
+            return checkpoint(self.blocks[i], *arguments, use_reentrant=False, **more)
         return self.blocks[i](*arguments)
 
     def _check_layers(self, layers: Collection[int], what: str) -> None:

@@ -109,11 +109,7 @@ class CAME(Optimizer):
 
         def average(name: str, new: Tensor, beta: float) -> Tensor:
             """Average `new` into a statistic; returns it like `new`."""
-            kept = [local(state[name]).view(new.shape[1:]) for state in states]
-            stack = _stack(kept).lerp_(new, 1 - beta)
-            if len(kept) > 1:
-                torch._foreach_copy_(kept, list(stack.unbind()))
-            return stack
+            return average_in([local(state[name]).view(new.shape[1:]) for state in states], new, beta)
 
         def factors(square: Tensor, suffix: str, eps: float, beta: float) -> tuple[Tensor, Tensor]:
             """Average in the means; returns (r / mean(r))^-1/2, (k, out, 1), and c^-1/2, (k, 1, in)."""
@@ -134,7 +130,7 @@ class CAME(Optimizer):
         square_norm = reduce(torch.linalg.vector_norm(update, dim=(1, 2), keepdim=True).square_())
         largest = group["clip"] * params[0].numel() ** 0.5
         update.div_(square_norm.sqrt_().div_(largest).clamp_(min=1.0))
-        direction = momentum = average("momentum", update, beta1)
+        direction = momentum = self._average_momentum(states, update, beta1)
         if factored:
             by_row, by_column = factors(update.sub_(momentum).square_(), "_instability", eps_instability, beta3)
             direction = torch.mul(momentum, by_row, out=update).mul_(by_column)
@@ -149,7 +145,7 @@ class CAME(Optimizer):
         state = self.state[p]
         if not state:
             zeros = torch.zeros_like(p, dtype=torch.float32, memory_format=torch.contiguous_format)
-            state["momentum"] = zeros
+            state.update(self._new_momentum(p, zeros))
             if is_factored(p):
                 for name in ("row", "row_instability"):
                     state[name] = zeros.flatten(1).sum(1)
@@ -159,17 +155,45 @@ class CAME(Optimizer):
                 state["second_moment"] = torch.zeros_like(zeros)
         return state
 
+    def _new_momentum(self, p: Tensor, zeros: Tensor) -> dict[str, Tensor]:
+        """How the momentum of a parameter is kept, before the first update.
+
+        Args:
+            p: the parameter.
+            zeros: float32 of its shape, sharded like it.
+        """
+        return {"momentum": zeros}
+
+    def _average_momentum(self, states: list[dict[str, Tensor]], update: Tensor, beta: float) -> Tensor:
+        """Average updates (k, out, in) into the momentum of k parameters; returns the new momentum, which must not be
+        the memory that keeps it unless nothing is written into it."""
+        return average_in([local(state["momentum"]).view(update.shape[1:]) for state in states], update, beta)
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, but statistics stay float32 where parameters are bfloat16 (torch casts them down)."""
+        """As torch's, but states keep their type where parameters have another (torch casts them to it)."""
         super().load_state_dict(state_dict)
         saved_ids = [i for group in state_dict["param_groups"] for i in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]
         for saved_id, p in zip(saved_ids, params, strict=True):
             if saved_id in state_dict["state"]:
                 self.state[p] = {
-                    name: value.detach().to(p.device, torch.float32, copy=True)
+                    name: value.detach().to(p.device, copy=True)
                     for name, value in state_dict["state"][saved_id].items()
                 }
+
+
+def average_in(kept: list[Tensor], new: Tensor, beta: float) -> Tensor:
+    """Average k new tensors into k kept ones, in place; returns what is kept now, like `new`.
+
+    Args:
+        kept: k tensors.
+        new: (k, ...).
+        beta: weight of what is kept.
+    """
+    stack = _stack(kept).lerp_(new, 1 - beta)
+    if len(kept) > 1:
+        torch._foreach_copy_(kept, list(stack.unbind()))
+    return stack
 
 
 def is_factored(p: Tensor) -> bool:

@@ -6,11 +6,13 @@ from typing import Any
 
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from sana.run.allow import check_nodes
 from sana.run.compose import one_line
 from sana.run.error import ConfigError
+from sana.run.signature import UnknownTargetError
 
 
 def build(node: DictConfig | None, name: str, **arguments: Any) -> Any:
@@ -22,11 +24,17 @@ def build(node: DictConfig | None, name: str, **arguments: Any) -> Any:
         arguments: more arguments of the outermost call.
 
     Raises:
-        ConfigError: a constructor refused its settings or did not find its files; one line. Anything else a
-            constructor raises is a defect and leaves as it is.
+        ConfigError: a `_target_` may not be built, or a constructor refused its settings or did not find its files; one
+            line. Anything else a constructor raises is a defect and leaves as it is.
     """
     if node is None:
         return None
+    try:
+        check_nodes(OmegaConf.to_container(node, resolve=True))
+    except UnknownTargetError as error:
+        raise ConfigError(f"{name}: {error}") from None
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{name}: {one_line(error)}") from error
     try:
         return instantiate(node, **arguments, _convert_="all")
     except InstantiationException as error:

@@ -13,7 +13,8 @@ NESTED = ("experiment",)  # groups whose options lie in folders
 def list_groups() -> list[str]:
     """The groups of conf/, such as "model" and "encoder/text"."""
     folders = {p.parent.relative_to(CONF).as_posix() for p in CONF.rglob("*.yaml")} - {"."}
-    return sorted({next((n for n in NESTED if f.startswith(n + "/")), f) for f in folders})
+    found = {next((n for n in NESTED if f.startswith(n + "/")), f) for f in folders}
+    return sorted(group for group in found if not group.startswith("hydra"))  # those are Hydra's own groups
 
 
 def list_options(group: str) -> list[str]:

@@ -7,12 +7,9 @@ from __future__ import annotations
 
 import os
 import re
-import signal
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sana.allocator import DRAWING, TRAINING, keep_pages
@@ -27,13 +24,16 @@ Task = Callable[["Composed"], int | None]
 # Settings that are prose: what stands behind the sign is the text, commas and quotes included.
 PROSE = {"sample": ("prompt", "negative")}
 QUOTED = re.compile(r"""\"(?:[^\"\\]|\\.)*\"|'(?:[^'\\]|\\.)*'|\[.*\]""", re.DOTALL)
+SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|API_?KEY|CREDENTIAL", re.IGNORECASE)
 REFUSED = 2  # exit code: the run did not start, and one line says why
 EXAMPLES = {
     "train": """\
 python train.py                                              the tiny recipe on the embedded scenes
 python train.py model=sana_1600m strategy=fsdp dry_run=true  what a big run would need, on any machine
 python train.py experiment=image/sana_600m_1024px data.folder=/my/shards
+python train.py debug=overfit                                one batch again and again (limit, profiler, fdr)
 python train.py -m seed=1,2 trainer.max_steps=20             two runs, one after the other
+python train.py -m sweep=optuna sweep.trials=20 'optimizer.lr=tag(log,interval(1e-4,1e-1))'
 python train.py --rerun runs/tiny/2026-01-31_12-00-00_0      the same settings again""",
     "sample": """\
 python sample.py ckpt=runs/tiny/2026-01-31_12-00-00_0 prompt="a red circle left of a blue square" n=8
@@ -113,10 +113,18 @@ def launch(entry: str, task: Task, arguments: Sequence[str] | None = None) -> in
             return 0
         return _run(entry, task, given)
     except ConfigError as error:
-        print(f"{entry}.py: {error}".replace("\n", f"\n{entry}.py: "), file=sys.stderr)
+        print(without_secrets(f"{entry}.py: {error}".replace("\n", f"\n{entry}.py: ")), file=sys.stderr)
         return REFUSED
     except KeyboardInterrupt:
         return 130
+
+
+def without_secrets(text: str) -> str:
+    """The text without values of environment variables whose names say that they are secret."""
+    for name, value in os.environ.items():
+        if SECRET.search(name) and len(value) >= 8:
+            text = text.replace(value, "***")
+    return text
 
 
 def _run(entry: str, task: Task, given: Arguments) -> int:
@@ -124,8 +132,12 @@ def _run(entry: str, task: Task, given: Arguments) -> int:
         from sana.run.sweep import sweep
 
         return sweep(entry, given.overrides)
+    from sana.run.records import is_first_rank
     from sana.run.saved import prepare
 
+    for text in given.overrides:
+        if text.lstrip("+").startswith(("sweep=", "sweep.")):
+            raise ConfigError(f"{text}: settings of a sweep need -m")
     composed = prepare(entry, given.overrides, rerun=given.rerun)
     if given.show:
         from sana.run.tree import print_tree
@@ -137,6 +149,11 @@ def _run(entry: str, task: Task, given: Arguments) -> int:
 
         print_plan(composed)
         return 0
+    if entry == "train" and is_first_rank():
+        from sana.run.plan import switches
+
+        for line in switches(composed):
+            print(line, flush=True)
     keep_pages(TRAINING if entry == "train" else DRAWING)
     return task(composed) or 0
 
@@ -163,19 +180,8 @@ def help_text(entry: str) -> str:
     ]
     if entry == "train":
         lines += [
-            "  -m, --multirun   one run per combination of comma-separated values",
+            "  -m, --multirun   one run per combination of comma-separated values; the same command again goes on",
+            "                   with what is missing or failed; sweep=optuna searches, sweep.parallel=2: two at a time",
             "  --rerun DIR      the settings of an earlier run; further settings change them",
         ]
     return "\n".join(lines)
-
-
-def run_job(entry: str, overrides: Sequence[str]) -> int:
-    """Run an entry point in a process group of its own and wait for it; ctrl-C is passed on. Returns its exit
-    code."""
-    script = Path(__file__).resolve().parents[2] / f"{entry}.py"
-    process = subprocess.Popen([sys.executable, str(script), *overrides], start_new_session=True)
-    while True:
-        try:
-            return process.wait()
-        except KeyboardInterrupt:
-            os.killpg(process.pid, signal.SIGINT)

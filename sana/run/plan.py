@@ -22,7 +22,7 @@ from rich.markup import escape
 from rich.table import Table
 from torch import nn
 
-from sana.run.activations import Shape, saved_bytes
+from sana.run.activations import Shape, kept_bytes
 from sana.run.build import build
 from sana.run.compose import Composed
 from sana.run.error import ConfigError
@@ -34,6 +34,7 @@ GEMMA_2_2B = {
     "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256,
 }  # fmt: skip
 FLOAT, HALF = 4, 2  # bytes
+FRUGAL = ("CAME", "CAME8bit", "AdamW8bit")  # optimizers whose states take less than AdamW's
 
 
 @dataclass(frozen=True)
@@ -44,12 +45,13 @@ class Plan:
         parameters: by part, exact; None where the part's weights are not on this machine.
         devices: processes that share the work.
         sharded: whether weights, gradients and states are split over them.
-        weights, gradients, states, average, frozen: bytes of one full copy; the states of the optimizer, the
-            moving average, and the encoders.
-        activations: bytes that autograd saves for one micro-batch on one device.
+        weights, gradients, states, average: bytes of one full copy; the states of the optimizer, the moving average.
+        frozen: bytes that the encoders take on a device at a time.
+        activations: bytes of one micro-batch on one device, at the deepest point of the backward pass.
         batch, micro: samples per update, and per forward pass on one device.
         tokens, text_tokens: per sample.
         flops: forward and backward of the network per update, recomputation included.
+        whole: what `activations` would be without recomputation.
     """
 
     parameters: dict[str, int | None]
@@ -66,6 +68,7 @@ class Plan:
     tokens: int
     text_tokens: int
     flops: int
+    whole: int = 0
 
     @property
     def per_device(self) -> int:
@@ -106,6 +109,7 @@ def make_plan(composed: Composed) -> Plan:
     recomputed = sum(1 for i in range(len(network.blocks)) if every and i % every == 0)
     forward = network.flops(grid, text_tokens)
     share = recomputed / len(network.blocks)
+    kept = kept_bytes(partial(_shallow, config.network), len(network.blocks), every, shape, low)
     return Plan(
         parameters={
             "network": trained,
@@ -118,21 +122,30 @@ def make_plan(composed: Composed) -> Plan:
         gradients=trained * FLOAT,
         states=state_bytes(build(config.optimizer, "optimizer"), network),
         average=0 if config.model.get("ema_decay") is None else trained * FLOAT,
-        frozen=(0 if autoencoder is None else _count(autoencoder) * FLOAT) + (text or 0) * HALF,
-        activations=saved_bytes(partial(_shallow, config.network), len(network.blocks), every, shape, low),
+        frozen=frozen_bytes(0 if autoencoder is None else _count(autoencoder), text or 0, config.model.get("frozen")),
+        activations=kept.peak,
         batch=batch,
         micro=micro,
         tokens=grid.tokens,
         text_tokens=text_tokens,
         flops=round(forward * (3 + share)) * batch,
+        whole=kept.whole,
     )
 
 
-def _shallow(node: DictConfig, depth: int) -> nn.Module:
-    """The network cut to `depth` blocks, without recomputation."""
-    changed = OmegaConf.merge(node, {"depth": depth, "checkpoint_every": 0})
+def frozen_bytes(autoencoder: int, text: int, place: str | None) -> int:
+    """Bytes on a device of encoders with so many parameters, where they stay there, in main memory ("cpu"), or come one
+    at a time ("offload")."""
+    sizes = (autoencoder * FLOAT, text * HALF)
+    return {"cpu": 0, "offload": max(sizes)}.get(place or "device", sum(sizes))
+
+
+def _shallow(node: DictConfig, depth: int, checkpoint_every: int) -> nn.Module:
+    """The network cut to `depth` blocks, on the meta device."""
+    changed = OmegaConf.merge(node, {"depth": depth, "checkpoint_every": checkpoint_every})
     changed._set_parent(node._get_parent())  # references to other sections still resolve
-    return build(changed, "network")  # type: ignore[arg-type]
+    with torch.device("meta"):
+        return build(changed, "network")  # type: ignore[arg-type]
 
 
 def _on_meta(node: DictConfig | None) -> nn.Module | None:
@@ -172,10 +185,11 @@ def state_bytes(factory: Callable[..., torch.optim.Optimizer], network: nn.Modul
     shapes = Counter(tuple(p.shape) for p in network.parameters() if p.requires_grad)
     total = 0
     for shape, count in shapes.items():
-        try:
-            states = _step(factory, shape, "meta")
-        except RuntimeError:  # fused kernels exist for real devices only
-            states = _step(factory, shape, "cpu")
+        with torch.compiler.set_stance("force_eager"):
+            try:
+                states = _step(factory, shape, "meta")
+            except RuntimeError:  # fused kernels exist for real devices only
+                states = _step(factory, shape, "cpu")
         total += count * sum(t.numel() * t.element_size() for t in states)
     return total
 
@@ -185,7 +199,15 @@ def _step(factory: Callable[..., torch.optim.Optimizer], shape: tuple[int, ...],
     parameter.grad = torch.zeros_like(parameter)
     optimizer = factory([parameter])
     optimizer.step()
-    return [v for state in optimizer.state.values() for v in state.values() if isinstance(v, torch.Tensor)]
+    states = [v for state in optimizer.state.values() for v in state.values() if isinstance(v, torch.Tensor)]
+    # Some are wrappers of what they are made of, such as codes and scales.
+    return [part for state in states for part in _parts(state)]
+
+
+def _parts(tensor: torch.Tensor) -> list[torch.Tensor]:
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return [tensor]
+    return [part for name in tensor.__tensor_flatten__()[0] for part in _parts(getattr(tensor, name))]
 
 
 def text_parameters(node: DictConfig) -> int | None:
@@ -231,8 +253,8 @@ def print_plan(composed: Composed, console: Console | None = None) -> None:
         ("gradients", plan.gradients, "fp32"),
         ("optimizer states", plan.states, str(composed.resolved["optimizer"]["_target_"])),
         ("moving average", plan.average, "model.ema_decay"),
-        ("frozen encoders", plan.frozen, "autoencoder fp32, text encoder bf16"),
-        ("activations", plan.activations, f"estimate, {plan.micro} samples on one device"),
+        ("frozen encoders", plan.frozen, "on a device: autoencoder fp32, text encoder bf16"),
+        ("activations", plan.activations, f"{plan.micro} samples on one device"),
         ("per device", plan.per_device, _sharing(plan)),
     ):
         table.add_row(name, f"{size / 2**30:,.3f} GiB", escape(note))
@@ -241,6 +263,53 @@ def print_plan(composed: Composed, console: Console | None = None) -> None:
     table.add_row("text tokens per update", f"{plan.batch * plan.text_tokens:,}", f"{plan.text_tokens} per caption")
     table.add_row("FLOPs per update", f"{plan.flops:.4g}", "network, forward, backward and recomputation")
     console.print(table)
+    for line in switches(composed, plan):
+        console.print(escape(line))
+
+
+def switches(composed: Composed, plan: Plan | None = None) -> list[str]:
+    """A line for each way of saving memory that is on: what it saves, by the plan. [] where none is.
+
+    Args:
+        composed: a checked training configuration.
+        plan: its plan, made here if need be.
+    """
+    values, lines = composed.resolved, []
+    network, model, data = values["network"], values["model"], values["data"]
+    if network is None or values["optimizer"] is None:
+        return []
+    target = str(values["optimizer"]["_target_"]).rpartition(".")[2]
+    every = int(network.get("checkpoint_every", 0))
+    frugal = target in FRUGAL
+    place = model.get("frozen", "device")
+    if every or frugal or place != "device":
+        plan = plan or make_plan(composed)
+    if every and plan is not None:
+        whole = plan.whole
+        kept = network.get("checkpoint_keep", "input")
+        lines.append(
+            f"recomputation: on for every {every}. block, which keeps its {kept}: {_gib(plan.activations)} of "
+            f"activations instead of {_gib(whole)} per micro-batch, {_gib(whole - plan.activations)} less"
+        )
+    if frugal and plan is not None:
+        plain = 2 * plan.weights
+        lines.append(
+            f"optimizer states: {target} keeps {_gib(plan.states)}, {_gib(plain - plan.states)} less than AdamW"
+        )
+    if place != "device" and plan is not None:
+        count = {name: plan.parameters.get(name) or 0 for name in ("autoencoder", "text encoder")}
+        all_of_it = frozen_bytes(count["autoencoder"], count["text encoder"], None)
+        lines.append(f"frozen encoders: {place}, {_gib(all_of_it - plan.frozen)} less on each device")
+    if model.get("compile"):
+        lines.append("compile: on, block by block; what it fuses is not kept (not predicted here)")
+    for key, part in (("cache_latents", "autoencoder"), ("cache_text", "text encoder")):
+        if data.get(key):
+            lines.append(f"data.{key}: on, the {part} does not run in the step: neither its time nor its activations")
+    return lines
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:,.3f} GiB"
 
 
 def _sharing(plan: Plan) -> str:

@@ -17,6 +17,7 @@ from sana.checkpoint.hub import SCHEME, fetch, parse
 from sana.checkpoint.record import read_record
 from sana.run.error import ConfigError
 from sana.run.groups import CONF
+from sana.run.job import read_jobs
 from sana.run.records import read_metrics
 
 CHECKPOINT_SUFFIX = ".ckpt"
@@ -80,7 +81,8 @@ def load_run(path: str | Path) -> dict[str, Any]:
 
 
 def load_runs(folder: str | Path = "runs") -> list[dict[str, Any]]:
-    """Every run below a folder, failed ones included, ordered by start; rows as `load_run` gives them.
+    """Every run below a folder, failed ones and those that a sweep has yet to begin included, ordered by start; rows as
+    `load_run` gives them.
 
     ``pandas.json_normalize(load_runs())`` makes a DataFrame with one column per metric.
 
@@ -90,7 +92,17 @@ def load_runs(folder: str | Path = "runs") -> list[dict[str, Any]]:
     if not Path(folder).is_dir():
         raise ConfigError(f"{folder}: no such folder of runs")
     rows = [load_run(path) for path in find_runs(folder)]
+    rows += [row for path in sorted(Path(folder).rglob("sweep.json")) for row in _without_run(path.parent)]
     return sorted(rows, key=lambda row: (row["started"] or "", row["path"]))
+
+
+def _without_run(sweep: Path) -> Iterator[dict[str, Any]]:
+    """Runs of a sweep that left no records: those that wait, and those that failed before they began."""
+    for job in read_jobs(sweep):
+        path = sweep / str(job.number)
+        if not (path / "status.json").exists():
+            facts = {"status": job.status, "reason": job.reason, "overrides": job.overrides, "seconds": job.seconds}
+            yield {**load_run(path), **facts}
 
 
 def read_overrides(path: str | Path) -> list[str]:

@@ -12,6 +12,7 @@ import difflib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from sana.run.allow import check_name, forbidden_resolver
 from sana.run.annotation import describe, fits, takes_mapping
 from sana.run.compose import REFERENCE, Composed, Key, show
 from sana.run.error import ConfigError
@@ -20,7 +21,7 @@ from sana.run.settings import ELSEWHERE
 from sana.run.signature import Parameter, Signature, UnknownTargetError, all_targets, find_signature
 
 SETTINGS = "sana.run.settings"
-SECTIONS = {"train": "Train", "sample": "Sample", "eval": "Eval"}
+SECTIONS = {"train": "Train", "sample": "Sample", "eval": "Eval", "sweep": "Sweep"}
 OF_HYDRA = {"_target_", "_partial_", "_convert_", "_recursive_"}
 Problem = tuple[Key, str]  # where, and the line
 CLASSES = {"Run", "Encoder", "Timestep", "Dtype", "Autoencoder"}  # of sana.run.settings
@@ -49,10 +50,26 @@ class _Checker:
 
     def problems(self) -> list[str]:
         section = find_signature(f"{SETTINGS}.{SECTIONS[self.composed.entry]}")
+        calls = list(self.calls((), self.composed.raw))
+        if calls:
+            return [line for _, line in calls]
         found = list(self.section((), self.composed.raw, self.composed.resolved, section))
         wrong = {show(key) for key, _ in found}
         # A wrong value is reported where it is written, not again where it is referred to.
         return [line for key, line in found if self.reference(key) not in wrong]
+
+    def calls(self, key: Key, raw: Any) -> Iterator[Problem]:
+        """Interpolations that would make values out of what the check does not see."""
+        if isinstance(raw, str):
+            name = forbidden_resolver(raw)
+            if name is not None:
+                yield self.line(key, f"${{{name}:...}} may not be used; a config may refer to keys and to oc.env")
+        elif isinstance(raw, Mapping):
+            for name, inner in raw.items():
+                yield from self.calls((*key, name), inner)
+        elif isinstance(raw, list):
+            for i, inner in enumerate(raw):
+                yield from self.calls((*key, i), inner)
 
     def reference(self, key: Key) -> str | None:
         """The key that a value is a reference to."""
@@ -106,7 +123,7 @@ class _Checker:
             return
         target = value["_target_"]
         try:
-            signature = find_signature(target)
+            signature = check_name(target)
         except UnknownTargetError as error:
             near = difflib.get_close_matches(target, list(all_targets()), 1, 0.6)
             yield self.line((*key, "_target_"), f"{error}{f'; did you mean {near[0]}?' if near else ''}")

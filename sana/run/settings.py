@@ -210,6 +210,17 @@ class Eval:
     quant: Node | None = None
 
 
+@dataclass
+class Sweep:
+    """Keys of conf/sweep.yaml.
+
+    Attributes:
+        sweep: which runs ``-m`` makes, and how they are judged.
+    """
+
+    sweep: Node
+
+
 # Arguments that a node's constructor has but that belong to another key, which is named instead of ignoring
 # them.
 ELSEWHERE = {

@@ -65,6 +65,13 @@ def find_signature(target: str) -> Signature:
     return library[target]
 
 
+def is_class(target: str) -> bool:
+    """Whether a name of the project is that of a class at the top of its module."""
+    module, _, name = target.rpartition(".")
+    path = PACKAGE.parent.joinpath(*module.split(".")).with_suffix(".py")
+    return path.is_file() and isinstance(_module(path).definitions.get(name), ast.ClassDef)
+
+
 @lru_cache(maxsize=1)
 def library_table() -> dict[str, Signature]:
     """Library targets by name."""

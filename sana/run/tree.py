@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.tree import Tree
 
+from sana.optimizer.schedule import scale_lr
 from sana.run.compose import REFERENCE, Composed
 
 
@@ -25,7 +26,8 @@ def _grow(tree: Tree, key: str, raw: Any, value: Any) -> None:
         tree.add(f"{escape(key)}: [dim]{escape(raw)}[/]")
     elif isinstance(raw, dict):
         target = raw.get("_target_")
-        branch = tree.add(f"[bold]{escape(key)}[/]" + (f"  [cyan]{escape(str(target))}[/]" if target else ""))
+        shown = f"  [cyan]{escape(str(target))}[/]" if target else ""
+        branch = tree.add(f"[bold]{escape(key)}[/]{shown}{escape(_rate(value))}")
         for name, inner in raw.items():
             if name not in ("_target_", "_partial_", "_convert_"):
                 _grow(branch, str(name), inner, value[name])
@@ -35,3 +37,15 @@ def _grow(tree: Tree, key: str, raw: Any, value: Any) -> None:
             _grow(branch, str(i), item, value[i])
     else:
         tree.add(f"{escape(key)}: {escape(str(value))}")
+
+
+def _rate(value: Any) -> str:
+    """The learning rate that the batch rule makes, with its numbers."""
+    if value.get("_target_") != "sana.optimizer.schedule.scale_lr":
+        return ""
+    try:
+        rate = scale_lr(**{key: number for key, number in value.items() if not key.startswith("_")})
+    except (TypeError, ValueError):  # said when it is built
+        return ""
+    batch, base = value["batch"], value.get("base", 256)
+    return f"  {rate:.6g}: {value['lr']} at batch {base}, rule {value.get('rule', 'sqrt')} at batch {batch}"

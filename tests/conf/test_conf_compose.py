@@ -43,7 +43,7 @@ def test_the_command_of_the_readme_composes() -> None:
 
 
 def test_every_group_can_be_chosen_somewhere() -> None:
-    chosen = {group for entry in ("train", "sample", "eval") for group in groups_of(entry)}
+    chosen = {group for entry in ("train", "sample", "eval", "sweep") for group in groups_of(entry)}
     assert set(list_groups()) <= chosen
 
 
@@ -73,7 +73,7 @@ PUBLISHED = {
     "image/sana_1600m_2048px": ("sana.optimizer.came.CAME", 1e-4, 3.0, 2048, (64, 1.0), False),
     "image/sana_1600m_4096px": ("sana.optimizer.came.CAME", 1e-4, 6.0, 4096, (128, 2.0), False),
     "image/sana15_1600m_1024px": ("sana.optimizer.came.CAME", 2e-5, 3.0, 1024, None, True),
-    "image/sana15_4800m_1024px": ("sana.optimizer.came.CAME", 2e-5, 3.0, 1024, None, True),
+    "image/sana15_4800m_1024px": ("sana.optimizer.came_8bit.CAME8bit", 2e-5, 3.0, 1024, None, True),
 }
 
 
@@ -91,6 +91,7 @@ def test_published_hyper_parameters(experiment: str) -> None:
     assert optimizer["lr"]["rule"] == "sqrt"
     assert (optimizer["betas"], optimizer["eps"]) == ([0.9, 0.999, 0.9999], [1e-30, 1e-16])
     assert optimizer["weight_decay"] == 0
+    assert (optimizer.get("block", 2048), optimizer.get("min_size", 16384)) == (2048, 16384)
     assert (values["timestep"]["mean"], values["timestep"]["std"], values["timestep"]["steps"]) == (0, 1, 1000)
     assert values["timestep"]["shift"] == values["sampler"]["grid"]["shift"] == shift
     assert values["schedule"] == {"_target_": "sana.optimizer.schedule.constant", "warmup": 2000}

@@ -232,3 +232,16 @@ def test_a_sample_of_weight_zero_gives_no_gradient() -> None:
     assert float(share_of_good(data)) == pytest.approx(4 / 6)
     data.weight = torch.zeros(6)
     assert float(share_of_good(data)) == 1
+
+
+@pytest.mark.parametrize("place", ["cpu", "offload"])
+def test_encoders_elsewhere_change_nothing(place: str) -> None:
+    plain, other = make(), make(frozen=place)
+    for module in (plain, other):
+        module.frozen.to("cpu")
+    images = torch.rand(3, 3, 16, 16) * 2 - 1
+    batch = Batch(image=images, latent=None, caption=["a", "b c", ""], index=torch.arange(3), key=["x", "y", "z"])
+    assert torch.equal(plain.latents(batch), other.latents(batch))
+    one, two = plain.condition(batch), other.condition(batch)
+    assert torch.equal(one.text, two.text)
+    assert torch.equal(plain.encodings()["latents"].encode(images), other.encodings()["latents"].encode(images))

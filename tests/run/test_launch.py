@@ -11,14 +11,13 @@ import yaml
 from omegaconf import OmegaConf
 from rich.console import Console
 
-from sana.run import launch as launch_module
-from sana.run import sweep as sweep_module
 from sana.run.begin import DIRECTORY, begin
 from sana.run.build import build, build_all
 from sana.run.compose import Composed, compose, masked_environment
 from sana.run.error import ConfigError
 from sana.run.launch import launch
 from sana.run.saved import load_saved, prepare, to_yaml
+from sana.run.search import combinations
 from sana.run.tree import print_tree
 
 
@@ -223,47 +222,11 @@ def test_what_a_constructor_refuses_is_one_line(node: dict, message: str) -> Non
 
 
 def test_combinations_of_a_grid() -> None:
-    jobs = sweep_module.combinations(["seed=1,2", "optimizer=came,tiny", "trainer.max_steps=20"])
+    jobs = combinations(["seed=1,2", "optimizer=came,tiny", "trainer.max_steps=20"])
     assert len(jobs) == 4
     assert ["seed=2", "optimizer=came", "trainer.max_steps=20"] in jobs
     with pytest.raises(ConfigError, match="not an interval"):
-        sweep_module.combinations(["optimizer.lr=interval(0,1)"])
-
-
-def test_a_sweep_starts_one_process_per_combination(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    started: list[list[str]] = []
-
-    def run_job(entry: str, overrides: list[str]) -> int:
-        started.append(list(overrides))
-        begin(prepare(entry, overrides))  # what train.py does first
-        return 3 if "seed=2" in overrides else 0
-
-    monkeypatch.setattr(sweep_module, "run_job", run_job)
-    before = set(Path.cwd().iterdir())
-    code = launch("train", lambda composed: None, ["-m", f"run.folder={tmp_path}", "seed=1,2", "optimizer=came,tiny"])
-    assert code == 1, "a job failed, the others ran"
-    (folder,) = (tmp_path / "tiny").iterdir()
-    assert [sorted(o for o in job if o.startswith(("seed", "optim"))) for job in started] == [
-        ["optimizer=came", "seed=1"], ["optimizer=tiny", "seed=1"],
-        ["optimizer=came", "seed=2"], ["optimizer=tiny", "seed=2"],
-    ]  # fmt: skip
-    for k in range(4):
-        assert f"run.dir={folder / str(k)}" in started[k]
-        config = yaml.safe_load((folder / str(k) / "config.yaml").read_text())
-        assert config["seed"] == 1 + k // 2
-        assert {p.name for p in (folder / str(k)).iterdir()} >= {
-            "config.yaml", "environment.json", "metrics.jsonl", "overrides.yaml", "status.json"
-        }  # fmt: skip
-    assert set(Path.cwd().iterdir()) == before, "nothing is left beside runs"
-
-
-def test_a_sweep_with_a_mistake_starts_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(sweep_module, "run_job", lambda *_: pytest.fail("started"))
-    assert launch("train", lambda c: None, ["-m", f"run.folder={tmp_path}", "seed=1,2", "lr=1"]) == 2
-    assert launch("train", lambda c: None, ["-m", f"run.folder={tmp_path}", "optimizer=came,nope"]) == 2
-    for part in ("launcher", "sweeper"):
-        line = ["-m", f"run.folder={tmp_path}", "seed=1,2", f"hydra.{part}._target_=os.system"]
-        assert launch("train", lambda c: None, line) == 2
+        combinations(["optimizer.lr=interval(0,1)"])
 
 
 def test_dry_run_and_cfg_do_not_reach_the_task(capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
@@ -279,5 +242,13 @@ def test_dry_run_and_cfg_do_not_reach_the_task(capsys: pytest.CaptureFixture[str
     assert "sana.network.sana.Sana" in capsys.readouterr().out
 
 
-def test_a_job_is_a_process_group_and_gives_its_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert launch_module.run_job("train", ["+trainr.max_steps=3"]) == 2
+def test_the_batch_rule_is_shown_with_its_numbers() -> None:
+    """Published: 1e-4 at a batch of 256; at 64 a half of it by the square root, a quarter in proportion."""
+    for rule, rate in (("sqrt", "5e-05"), ("linear", "2.5e-05"), ("null", "0.0001")):
+        console = Console(record=True, width=200, file=open(os.devnull, "w"))  # noqa: SIM115
+        composed = prepare("train", ["optimizer=came", "data.batch_size=64", f"optimizer.lr.rule={rule}"])
+        print_tree(composed, console)
+        rule = "None" if rule == "null" else rule
+        assert f"{rate}: 0.0001 at batch 256, rule {rule} at batch 64" in console.export_text()
+        optimizer = build(composed.config.optimizer, "optimizer")
+        assert optimizer.keywords["lr"] == pytest.approx(float(rate))

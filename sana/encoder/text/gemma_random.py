@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from sana.encoder.text.gemma import GemmaEncoder
-from sana.encoder.text.weights import DTYPES
+from sana.encoder.text.weights import DTYPES, without
 
 
 def gemma_random(
@@ -34,7 +34,8 @@ def gemma_random(
     Raises:
         ValueError: channels no multiple of 64, or another dtype.
     """
-    from transformers import Gemma2Config, Gemma2Model
+    with without("torchao"):
+        from transformers import Gemma2Config, Gemma2Model
 
     if channels < 64 or channels % 64:
         raise ValueError(f"random text encoder: channels is {channels}, expected a positive multiple of 64")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +34,22 @@ class GemmaUnavailableError(RuntimeError):
     """Gemma-2's weights or tokenizer are neither here nor reachable; the message lists the steps that help."""
 
 
+@contextmanager
+def without(package: str) -> Iterator[None]:
+    """Inside, imports take a package for not installed, unless it was imported before.
+
+    transformers imports torchao wherever it finds it: three seconds of every start, for nothing that is used here.
+    """
+    if package in sys.modules:
+        yield
+        return
+    sys.modules[package] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules[package]
+
+
 def load_gemma(path: str, dtype: torch.dtype) -> tuple[nn.Module, Any]:
     """The Gemma-2 decoder (without language-model head) and its tokenizer.
 
@@ -43,7 +62,8 @@ def load_gemma(path: str, dtype: torch.dtype) -> tuple[nn.Module, Any]:
         GemmaUnavailableError: the files are not here and cannot be fetched.
         ValueError: they hold another architecture, or lack weights.
     """
-    from transformers import AutoConfig, AutoTokenizer, Gemma2Model
+    with without("torchao"):
+        from transformers import AutoConfig, AutoTokenizer, Gemma2Model
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()  # a bar per tensor, done in a blink
