@@ -25,17 +25,17 @@ class Records(Callback):
             raise ValueError(f"callback.records.every must be at least 1, got {every}")
         self.every = every
         self.metrics: MetricsLog | None = None
+        self.latest: dict[str, float] = {}  # last value of each number
         self._last = (0, 0, 0.0)  # updates, samples, wall time at the last line
         self._ended = 0.0
         self._evaluation = 0.0  # seconds of evaluation when the last step ended
 
-    def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Open the log; a resumed run appends."""
-        if trainer.is_global_zero:
-            self.metrics = MetricsLog(Path(trainer.default_root_dir) / "metrics.jsonl")
-
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Start the clocks."""
+        """Open the log, start the clocks; a run that goes on appends to what it wrote up to its checkpoint."""
+        if trainer.is_global_zero:
+            path = Path(trainer.default_root_dir) / "metrics.jsonl"
+            MetricsLog.cut(path, trainer.global_step)
+            self.metrics = MetricsLog(path)
         self._last = (trainer.global_step, pl_module.samples_seen, time.perf_counter())
         self._ended = time.perf_counter()
 
@@ -66,6 +66,7 @@ class Records(Callback):
 
     def write(self, trainer: Trainer, step: int, row: dict[str, float]) -> None:
         """Append one line and pass it to the trainer's loggers; other callbacks log through this too."""
+        self.latest |= row
         if self.metrics is not None:
             self.metrics.write(step, row)
         for logger in trainer.loggers:

@@ -30,7 +30,6 @@ class ImageModule(Recipe):
         null_mask: what a dropped caption attends to: "own" (the null prompt's own tokens) or "caption" (the rows that
             the real caption had; what the published models were trained with).
         seed: key of all randomness, with each sample's position in the stream.
-        accumulate: micro-batches per update.
         compile: compile each block of the network (needs a C++ compiler on CPU).
     """
 
@@ -49,11 +48,10 @@ class ImageModule(Recipe):
         caption_dropout: float = 0.1,
         null_mask: Literal["own", "caption"] = "own",
         seed: int = 0,
-        accumulate: int = 1,
         compile: bool = False,
     ) -> None:
         plan = Optimisation(optimizer, schedule, clip_norm, ema_decay)
-        super().__init__({"network": plan}, seed=seed, accumulate=accumulate)
+        super().__init__({"network": plan}, seed=seed)
         if not 0.0 <= caption_dropout <= 1.0:
             raise ValueError(f"caption_dropout must be in [0, 1], got {caption_dropout}")
         if null_mask not in ("own", "caption"):
@@ -80,10 +78,17 @@ class ImageModule(Recipe):
         with self.timed("autoencoder"):
             x0 = self.latents(batch)
         with self.timed("model"):
-            loss = weighted_mean(self.flow_loss(self.network, x0, condition, batch.index), batch.weight)
+            t = self.times(batch.index)
+            losses = self.flow_loss(self.network, x0, condition, batch.index, t)
+            self.noted = {"t": t, "loss": losses.detach()}
+            loss = weighted_mean(losses, batch.weight)
             self.report["train/loss"] = loss.detach() / share_of_good(batch)
             self.optimise("network", loss)
         self.finish_batch(len(batch.caption))
+
+    def times(self, index: Tensor) -> Tensor:
+        """The times (b,) of the samples at these positions."""
+        return self.timestep(spread(self.seed, index, "timestep"))
 
     def flow_loss(
         self, network: nn.Module, x0: Tensor, condition: Condition, index: Tensor, t: Tensor | None = None
@@ -95,10 +100,10 @@ class ImageModule(Recipe):
             x0: (b, c, 1, h, w) scaled latents.
             condition: captions' features.
             index: (b,) positions.
-            t: (b,) fixed times for validation; drawn where None.
+            t: (b,) other times.
         """
         if t is None:
-            t = self.timestep(spread(self.seed, index, "timestep"))
+            t = self.times(index)
         eps = normal(self.seed, index, "noise", tuple(x0.shape[1:]))
         return self.objective(lambda xt, time: network(xt, time, condition), x0, eps, t[:, None].to(x0.dtype))
 

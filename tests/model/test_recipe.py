@@ -76,7 +76,8 @@ def fit(recipe: Toy, folder: Path, steps: int, resume: Path | None = None, micro
         enable_model_summary=False,
         callbacks=[Checkpoints(every=5)],
     )
-    trainer.fit(recipe, datamodule=Numbers(4, micro), ckpt_path=resume)
+    recipe.resume = resume
+    trainer.fit(recipe, datamodule=Numbers(4, micro))
     return trainer
 
 
