@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import threading
+import time
 import uuid
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from lightning import Callback, Trainer
+from lightning.pytorch.callbacks import Timer
 
 from sana.callback.records import Records
 from sana.checkpoint.error import CheckpointError
@@ -28,6 +31,9 @@ from sana.checkpoint.run_folder import (
 from sana.checkpoint.sharded import Piece, Staging, write_pieces
 from sana.model.state import facts_of, random_states, tensors_of
 from sana.run.stop import StopSignals, name_of
+
+
+GRACE = 60.0  # seconds that a failing run gives to a save under way
 
 
 class Checkpoints(Callback):
@@ -55,11 +61,18 @@ class Checkpoints(Callback):
         self._thread: threading.Thread | None = None
         self._error: CheckpointError | None = None
         self._saved = -1
+        self._end = math.inf  # of the time that `trainer.max_time` gives
         self._groups: tuple[Any, Any] = (None, None)  # of agreeing, of saving
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
-        """Signals are taken care of here, not by Lightning, whose handlers save in the middle of a step."""
+        """Signals and `trainer.max_time` are taken care of here: Lightning's handlers save in the middle of a step, and
+        its timer stops behind the back of the callbacks."""
         trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+        for timer in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(timer, Timer):
+                self._end = time.monotonic() + (timer._duration or math.inf)
+        others = [c for c in trainer.callbacks if not isinstance(c, Timer)]  # type: ignore[attr-defined]
+        trainer.callbacks = others  # type: ignore[attr-defined]
 
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Clear what an earlier crash left half-written.
@@ -91,28 +104,29 @@ class Checkpoints(Callback):
         if not pl_module.between_updates:
             return
         failed = self._error is not None
-        stop, failed = self._agree(self.signals.code, int(failed))
+        stop, failed, late = self._agree(self.signals.code, int(failed), int(time.monotonic() > self._end))
         if failed:
             self.finish()
         step = trainer.global_step
         if step != self._saved and step % self.every == 0:
             with pl_module.timed("checkpoint"):
                 self.save(trainer, pl_module)
-        if stop:
-            pl_module.stopped = name_of(stop)
+        if stop or late:
+            pl_module.stopped = name_of(stop) if stop else "max_time"
             trainer.should_stop = True
 
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Save the end, wait until it is on the disk, and give the signals back."""
-        if trainer.should_stop and pl_module.stopped is None and 0 <= trainer.global_step < trainer.max_steps:
-            pl_module.stopped = "max_time"
         if trainer.global_step != self._saved:
             self.save(trainer, pl_module)
         self.finish()
         self.signals.restore()
 
     def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
-        """Give the signals back. Nothing is saved: the state may be half a step old, the last checkpoint is not."""
+        """Let a save that is under way end, and give the signals back. Nothing new is saved: the state may be half a
+        step old."""
+        if self._thread is not None:
+            self._thread.join(GRACE)
         self.signals.restore()
 
     def save(self, trainer: Trainer, recipe: Any) -> Path:

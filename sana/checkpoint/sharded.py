@@ -179,7 +179,7 @@ class _Writer(dcp.StorageWriter):
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         if is_coordinator:
-            self.temporary.mkdir(parents=True)
+            self.temporary.mkdir()  # without parents: a directory that vanished is an error, not to be made anew
             self.written = {name: write_synced(self.temporary / name, data) for name, data in self.small.items()}
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:

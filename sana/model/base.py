@@ -88,6 +88,7 @@ class Recipe(LightningModule):
         resume: a checkpoint or a run to go on from; `allow_partial` goes on without what it lacks.
         restored: what was taken from there, in one line; None for a new run.
         stopped: why the run ends before its time ("SIGTERM", "max_time"); None while it goes on.
+        flops: operations of forward and backward so far on this rank, recomputation left out; 0 where not counted.
         noted: per-sample values of the current step ("t", "loss": (b, ...)), for messages.
         report: numbers of the current step for the records; replaced at every step.
         seconds: time spent in parts of the step since the records last read it.
@@ -106,11 +107,12 @@ class Recipe(LightningModule):
         self.samples_seen = 0
         self.skipped = dict.fromkeys(self.optimisation, 0)
         self.in_a_row = dict.fromkeys(self.optimisation, 0)
-        self.tolerance = 0
+        self.tolerance: float = 0
         self.resume: str | Path | None = None
         self.allow_partial = False
         self.restored: str | None = None
         self.stopped: str | None = None
+        self.flops = 0.0
         self.noted: dict[str, Tensor] = {}
         self.report: dict[str, Tensor | float] = {}
         self.seconds: dict[str, float] = defaultdict(float)
@@ -161,7 +163,9 @@ class Recipe(LightningModule):
             )
             if place is None:
                 raise CheckpointError(error)
-            self.restored = restore(self, Path(place), partial=self.allow_partial)
+            self.restored = restore(self, place, partial=self.allow_partial)
+            if self.trainer.is_global_zero:
+                print(self.restored, flush=True)
 
     def start_average(self, name: str) -> None:
         """Start the moving average of a module from its weights, if it has one."""

@@ -13,7 +13,7 @@ from sana.model.base import Optimisation, OptimizerFactory, Recipe, Schedule, sh
 from sana.model.encoding import encode_captions, encode_latents
 from sana.model.frozen import Frozen
 from sana.ops.random import normal, spread, uniform
-from sana.types import Batch, Condition
+from sana.types import Batch, Condition, Grid
 
 
 class ImageModule(Recipe):
@@ -82,9 +82,19 @@ class ImageModule(Recipe):
             losses = self.flow_loss(self.network, x0, condition, batch.index, t)
             self.noted = {"t": t, "loss": losses.detach()}
             loss = weighted_mean(losses, batch.weight)
+            self.flops += self._flops_of(x0, condition)
             self.report["train/loss"] = loss.detach() / share_of_good(batch)
             self.optimise("network", loss)
         self.finish_batch(len(batch.caption))
+
+    def _flops_of(self, x0: Tensor, condition: Condition) -> float:
+        """Operations of forward and backward of a micro-batch; 0 for networks that do not count theirs."""
+        count = getattr(self.network, "flops", None)
+        if count is None or self.replaying:
+            return 0.0
+        b, _, f, h, w = x0.shape
+        patch = int(getattr(self.network, "patch", 1))
+        return 3.0 * b * count(Grid(f, h // patch, w // patch), condition.text.shape[1])
 
     def times(self, index: Tensor) -> Tensor:
         """The times (b,) of the samples at these positions."""

@@ -81,7 +81,7 @@ def random_states(rank: int) -> dict[str, Tensor]:
     return {f"rng.{rank}.{name}": value for name, value in states.items()}
 
 
-def restore(recipe: Recipe, place: Path, *, partial: bool = False) -> str:
+def restore(recipe: Recipe, place: str | Path, *, partial: bool = False) -> str:
     """Put everything back from a checkpoint, whatever strategy and number of ranks wrote it.
 
     Args:
@@ -95,6 +95,7 @@ def restore(recipe: Recipe, place: Path, *, partial: bool = False) -> str:
     Raises:
         CheckpointError: a part or tensor is missing, left over, or of another shape, with its names.
     """
+    place = Path(place)
     for optimizer in _optimizers(recipe):
         _make_states(optimizer)
     facts, stored = _open(recipe, place)

@@ -34,6 +34,7 @@ python train.py                                              the tiny recipe on 
 python train.py model=sana_1600m strategy=fsdp dry_run=true  what a big run would need, on any machine
 python train.py experiment=image/sana_600m_1024px data.folder=/my/shards
 python train.py -m seed=1,2 trainer.max_steps=20             two runs, one after the other
+python train.py run.dir=runs/mine resume=auto                start, or go on where it was stopped, however that was
 python train.py --rerun runs/tiny/2026-01-31_12-00-00_0      the same settings again""",
     "sample": """\
 python sample.py ckpt=runs/tiny/2026-01-31_12-00-00_0 prompt="a red circle left of a blue square" n=8
@@ -103,8 +104,8 @@ def launch(entry: str, task: Task, arguments: Sequence[str] | None = None) -> in
         arguments: the command line, sys.argv's where None.
 
     Returns:
-        The exit code: 0, 2 for what could not start or be read (one line on stderr), 130 after ctrl-C. Other errors are
-            raised.
+        The exit code: 0, 2 for what could not start or be read (one line on stderr), 130 after ctrl-C, 75 where a run
+            was told to end and should be started again. Other errors are raised.
     """
     try:
         given = read_arguments(entry, sys.argv[1:] if arguments is None else arguments)
@@ -124,9 +125,14 @@ def _run(entry: str, task: Task, given: Arguments) -> int:
         from sana.run.sweep import sweep
 
         return sweep(entry, given.overrides)
+    from sana.run.choose import chosen
+    from sana.run.records import is_first_rank
     from sana.run.saved import prepare
 
     composed = prepare(entry, given.overrides, rerun=given.rerun)
+    why = None
+    if entry == "train":
+        composed, why = chosen(composed)
     if given.show:
         from sana.run.tree import print_tree
 
@@ -137,6 +143,8 @@ def _run(entry: str, task: Task, given: Arguments) -> int:
 
         print_plan(composed)
         return 0
+    if why is not None and is_first_rank():
+        print(why, flush=True)
     keep_pages(TRAINING if entry == "train" else DRAWING)
     return task(composed) or 0
 

@@ -113,7 +113,7 @@ def make_plan(composed: Composed) -> Plan:
             "text encoder": text,
         },
         devices=devices,
-        sharded="ModelParallelStrategy" in str(config.strategy),
+        sharded="sana.strategy.sharded" in str(config.strategy),
         weights=trained * FLOAT,
         gradients=trained * FLOAT,
         states=state_bytes(build(config.optimizer, "optimizer"), network),
