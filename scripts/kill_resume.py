@@ -61,8 +61,8 @@ def main() -> int:
         left = len(list((folder / "killed" / "checkpoints").glob("*.tmp")))
         print(
             f"kill_resume: strategy {options.strategy}, {options.workers} workers, {kills} kills, {sum(lost)} steps "
-            f"lost (at most {max(lost, default=0)} at once, a save every {options.every}), {left} temporary files left, "
-            f"{time.monotonic() - start:.0f} s: {difference or 'equal bit for bit'}"
+            f"lost (at most {max(lost, default=0)} at once, a save every {options.every}), {left} temporary files "
+            f"left, {time.monotonic() - start:.0f} s: {difference or 'equal bit for bit'}"
         )
         return 1 if difference or left else 0
     finally:
@@ -123,7 +123,10 @@ def torment(
         if last_step(run) >= options.steps and saved_step(run) >= options.steps:
             break
         lost.append(max(last_step(run) - saved_step(run), 0))
-        say(start, f"kill {len(lost)}{' in a save' if aimed else ''} at update {last_step(run)}, saved {saved_step(run)}")
+        say(
+            start,
+            f"kill {len(lost)}{' in a save' if aimed else ''} at update {last_step(run)}, saved {saved_step(run)}",
+        )
     code = wait(launch(command, log)) if saved_step(run) < options.steps or lost else 0
     if code:
         raise SystemExit(f"kill_resume: the resumed run failed with exit code {code}; see {log.name}")

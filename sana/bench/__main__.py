@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from sana.bench import sample
+from sana.bench import sample, saving
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -13,7 +13,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="bench.py", description="Measurements against other implementations.")
     commands = parser.add_subparsers(dest="command", required=True)
     sample.add_arguments(commands.add_parser("sample", help="drawing, against diffusers' SanaPipeline"))
-    return sample.run(parser.parse_args(arguments))
+    saving.add_arguments(commands.add_parser("saving", help="what a checkpoint costs the training that goes on"))
+    options = parser.parse_args(arguments)
+    return {"sample": sample.run, "saving": saving.run}[options.command](options)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,6 @@ from sana.checkpoint.sharded import Piece, Staging, write_pieces
 from sana.model.state import facts_of, random_states, tensors_of
 from sana.run.stop import StopSignals, name_of
 
-
 GRACE = 60.0  # seconds that a failing run gives to a save under way
 
 
@@ -53,7 +52,8 @@ class Checkpoints(Callback):
     def __init__(self, every: int = 1000, keep: int = 2, best: int = 0, monitor: str = "val/loss") -> None:
         if every < 1 or keep < 1 or best < 0:
             raise ValueError(
-                f"callback.checkpoints: every and keep must be at least 1 and best at least 0, got {every}, {keep}, {best}"
+                "callback.checkpoints: every and keep must be at least 1 and best at least 0, "
+                f"got {every}, {keep} and {best}"
             )
         self.every, self.keep, self.best, self.monitor = every, keep, best, monitor
         self.signals = StopSignals()

@@ -52,8 +52,8 @@ class Faults(Callback):
             raise ValueError(f"callback.faults.non_finite is 'stop' or 'skip', got {non_finite!r}")
         if rollback_after < 1 or max_rollbacks < 0 or window < NEEDED:
             raise ValueError(
-                f"callback.faults: rollback_after must be at least 1, max_rollbacks at least 0 and window at least {NEEDED}, "
-                f"got {rollback_after}, {max_rollbacks} and {window}"
+                f"callback.faults: rollback_after must be at least 1, max_rollbacks at least 0, window at least "
+                f"{NEEDED}, got {rollback_after}, {max_rollbacks} and {window}"
             )
         self.non_finite, self.rollback_after, self.max_rollbacks = non_finite, rollback_after, max_rollbacks
         self.spike, self.patience = spike, patience

@@ -21,6 +21,7 @@ import re
 import shutil
 import zipfile
 from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -184,10 +185,8 @@ def list_checkpoints(parent: Path) -> list[tuple[int, Path]]:
         named = NAME.fullmatch(place.name)
         step = int(named[1]) if named else -1
         if place.is_dir():
-            try:
+            with suppress(CheckpointError, KeyError, ValueError):
                 step = read_manifest(place).step
-            except (CheckpointError, KeyError, ValueError):
-                pass
         found.append((step, place))
     return sorted(found, key=lambda item: (item[0], item[1].name), reverse=True)
 

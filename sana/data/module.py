@@ -192,8 +192,8 @@ class ShardsData(LightningDataModule):
         micro = self.micro_batch or share
         if rest or micro < 1 or share % micro:
             raise ValueError(
-                f"data.batch_size: {self.batch_size} samples over {world} processes do not divide into micro-batches of "
-                f"{micro or 'any size'}"
+                f"data.batch_size: {self.batch_size} samples over {world} processes do not divide into micro-batches "
+                f"of {micro or 'any size'}"
             )
         return share // micro
 

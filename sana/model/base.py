@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from sana.checkpoint.error import CheckpointError
-from sana.model.diagnose import NonFiniteError, diagnose
+from sana.model.diagnose import diagnose
 from sana.model.frozen import Frozen
 from sana.model.resume import choose
 from sana.model.state import restore

@@ -67,10 +67,9 @@ def facts_of(recipe: Recipe) -> dict[str, Any]:
 
 
 def random_states(rank: int) -> dict[str, Tensor]:
-    """States of this process's generators; randomness of the recipes themselves needs none, that of others' code may."""
-    version, numbers, gauss = random.getstate()
-    del version
-    _, keys, position, has_gauss, cached = np.random.get_state()  # noqa: NPY002 - the global one is what others use
+    """States of this process's generators: the recipes' own randomness has none, but that of other code may."""
+    _, numbers, gauss = random.getstate()
+    _, keys, position, has_gauss, cached = np.random.get_state()
     states = {
         "torch": torch.get_rng_state(),
         "python": torch.tensor([*numbers, float("nan") if gauss is None else gauss], dtype=torch.float64),
@@ -257,7 +256,7 @@ def _set_random_states(rank: int, stored: Stored) -> bool:
         random.setstate((3, tuple(int(n) for n in numbers), None if gauss != gauss else gauss))
     if "numpy" in own:
         *keys, position, has_gauss, cached = own["numpy"].tolist()
-        np.random.set_state(("MT19937", np.array(keys, np.uint32), int(position), int(has_gauss), cached))  # noqa: NPY002
+        np.random.set_state(("MT19937", np.array(keys, np.uint32), int(position), int(has_gauss), cached))
     if "cuda" in own and torch.cuda.is_available():
         torch.cuda.set_rng_state(own["cuda"])
     return "torch" in own

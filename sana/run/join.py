@@ -45,7 +45,7 @@ def _torchrun() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
-def _store():  # noqa: ANN202 - importing torch for the annotation would cost a second
+def _store():
     from torch.distributed import TCPStore
 
     return TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)

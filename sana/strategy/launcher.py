@@ -6,7 +6,6 @@ import os
 import signal
 import sys
 import threading
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +13,7 @@ from lightning.fabric.plugins import ClusterEnvironment
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
 GRACE = 30.0  # seconds in which a process has to notice the loss of another by itself
-EVERY = 0.5  # seconds between looks
+EVERY, SOON = 0.5, 2.0  # seconds between looks, and between the ends of processes of a run that comes to its end
 
 
 class Launcher(_SubprocessScriptLauncher):
@@ -41,8 +40,12 @@ class Launcher(_SubprocessScriptLauncher):
             watch = self._lost_child
         else:
             watch = self._lost_parent
-        threading.Thread(target=_watch, args=(watch,), daemon=True).start()
-        return function(*args, **kwargs)
+        ended = threading.Event()
+        threading.Thread(target=_watch, args=(watch, ended), daemon=True).start()
+        try:
+            return function(*args, **kwargs)
+        finally:
+            ended.set()
 
     def _lost_child(self) -> str | None:
         for rank, process in enumerate(self.procs, 1):
@@ -57,9 +60,12 @@ class Launcher(_SubprocessScriptLauncher):
         return f"rank 0 (process {parent}) is gone" if os.getppid() != parent else None
 
 
-def _watch(lost: Callable[[], str | None]) -> None:
+def _watch(lost: Callable[[], str | None], ended: threading.Event) -> None:
     while (what := lost()) is None:
-        time.sleep(EVERY)
+        if ended.wait(EVERY):
+            return
+    if ended.wait(SOON):
+        return  # this process was ending as well
     print(f"error: {what}; this process ends too", file=sys.stderr, flush=True)
-    time.sleep(GRACE)
-    os._exit(1)
+    if not ended.wait(GRACE):
+        os._exit(1)

@@ -160,7 +160,7 @@ def test_a_disk_that_is_full_is_named_and_nothing_is_left(tmp_path: Path, monkey
     from collections import namedtuple
 
     first = write(tmp_path, 5)
-    usage = namedtuple("usage", "total used free")  # noqa: PYI024
+    usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(100, 90, 10))
     with pytest.raises(CheckpointError, match=r"step_00000006\.ckpt: cannot be written: needs [\d,]+ bytes, 10 are"):
         write(tmp_path, 6)

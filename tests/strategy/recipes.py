@@ -1,6 +1,6 @@
 """Recipes and data small enough to be trained under every strategy, and what one process of such a training does.
 
-    python recipes.py JOBS.json        as rank LOCAL_RANK of WORLD_SIZE; JOBS is a list of arguments of `run`
+python recipes.py JOBS.json        as rank LOCAL_RANK of WORLD_SIZE; JOBS is a list of arguments of `run`
 """
 
 from __future__ import annotations
