@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, open_dict
 
 from sana.run.compose import Composed
 from sana.run.join import hear, tell
@@ -18,8 +18,7 @@ from sana.run.tree import print_tree
 DIRECTORY = "SANA_RUN_DIR"  # how the first rank tells the processes that it starts where the run lies
 
 
-@dataclass(frozen=True)
-class Begun:
+class Begun(NamedTuple):
     """A run that has its directory.
 
     Attributes:
@@ -54,7 +53,8 @@ def begin(composed: Composed) -> Begun:
         os.environ[DIRECTORY] = str(path.resolve())
         tell(path.resolve(), config.run.folder)
     else:
-        path = Path(os.environ[DIRECTORY]) if DIRECTORY in os.environ else hear(config.run.folder)
+        given = os.environ.get(DIRECTORY) or config.run.dir
+        path = hear(config.run.folder) if given is None else Path(given)
         if config.resume == AUTO and has_checkpoints(path):
             resume = path
     config.run.dir = str(path)
@@ -65,4 +65,14 @@ def begin(composed: Composed) -> Begun:
         print(f"run directory: {path}", flush=True)
         if config.resume == AUTO:
             print("going on from its newest checkpoint" if resume else "nothing to go on from: a new start", flush=True)
+    _name_loggers(config, record.id)
     return Begun(config, record, resume)
+
+
+def _name_loggers(config: DictConfig, run: str) -> None:
+    """Give Weights & Biases the run's id, so that all parts of a run that is stopped and goes on are one there."""
+    for node in (config.get("logger") or {}).values():
+        if node is not None and node._target_.endswith("WandbLogger"):
+            with open_dict(node):
+                node.id = node.get("id") or run
+                node.resume = node.get("resume") or "allow"

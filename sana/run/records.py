@@ -30,6 +30,7 @@ from typing import Any, Literal, TextIO
 
 from sana.run.environment import describe_environment, peak_rss_gib
 from sana.run.error import ConfigError
+from sana.run.stop import INTERRUPTED, REQUEUE, Stopped, requeue
 
 Status = Literal["running", "finished", "failed", "interrupted", "preempted"]
 
@@ -273,6 +274,26 @@ class RunRecord:
         """Of the run, over all its parts."""
         return str(self._status["id"]) if self.writes else str(_read_json(self.path / "status.json").get("id"))
 
+    def stop(self, reason: str | None, alone: bool) -> int:
+        """Write that the run was told to end, and have it started again where SLURM can.
+
+        Args:
+            reason: a signal's name or "max_time"; None: it came to its end.
+            alone: whether each rank's exit code counts; where the first rank started the others, it answers for them.
+
+        Returns:
+            The exit code of this rank.
+        """
+        if reason is None:
+            return 0
+        if self.writes:
+            self.end("interrupted" if reason == "SIGINT" else "preempted", reason)
+            if line := requeue(reason):
+                print(line, flush=True)
+        elif not alone:
+            return 0
+        return INTERRUPTED if reason == "SIGINT" else REQUEUE
+
     def _write_status(self) -> None:
         self._status["seconds"] = round(time.monotonic() - self._clock, 1)
         self._status["peak_rss_gib"] = round(peak_rss_gib(), 3)
@@ -287,6 +308,9 @@ class RunRecord:
         if error is None:
             if self._status.get("status") == "running":
                 self.end("finished")
+            return
+        if isinstance(error, Stopped):
+            self.end("preempted", str(error))
             return
         if not self.writes:
             rank = next(os.environ[name] for name in RANK_VARIABLES if name in os.environ)

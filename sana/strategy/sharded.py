@@ -48,14 +48,16 @@ class Sharded(ModelParallelStrategy):
         super(ModelParallelStrategy, self).setup_environment()
         self._setup_distributed()
         world = self.world_size
-        size = {None: world, "node": self.num_processes}.get(self.shard_size, self.shard_size)  # type: ignore[call-overload]
-        if not 1 <= int(size) <= world or world % int(size):
+        size = world if self.shard_size is None else self.num_processes
+        if isinstance(self.shard_size, int):
+            size = self.shard_size
+        if not 1 <= size <= world or world % size:
             raise ValueError(f"strategy.shard_size: {size} does not divide the {world} processes")
         device = self.root_device.type
         if size == world:
             self._device_mesh = init_device_mesh(device, (world,), mesh_dim_names=("shard",))
         else:
-            shape = (world // int(size), int(size))
+            shape = (world // size, size)
             self._device_mesh = init_device_mesh(device, shape, mesh_dim_names=("replicate", "shard"))
         assert self.lightning_module is not None
         self.lightning_module._device_mesh = self._device_mesh

@@ -35,6 +35,7 @@ from sana.strategy.replicated import Replicated
 from sana.strategy.sharded import Sharded
 from sana.types import Batch, Condition
 
+WORLD = os.environ.get("WORLD_SIZE", "1")  # Lightning takes it away at the end of each training
 BATCH = 12  # global; divides by 1, 2, 3 and 4
 
 
@@ -189,7 +190,9 @@ def run(
     precision: str = "32-true",
 ) -> dict[str, Any]:
     """Train; rank 0 leaves ``result.pt`` in `out`: losses, and all values of the end, whole."""
-    world = int(os.environ.get("WORLD_SIZE", 1))
+    if WORLD != "1":
+        os.environ["WORLD_SIZE"] = WORLD
+    world = int(WORLD)
     recipe = image() if kind == "image" else Adversarial()
     recipe.resume = resume
     curve = Curve()
