@@ -40,7 +40,9 @@ class Sharded(ModelParallelStrategy):
     ) -> None:
         if isinstance(shard_size, str) and shard_size != "node":
             raise ValueError(f"strategy.shard_size is a number, 'node' or null, got {shard_size!r}")
-        super().__init__(data_parallel_size=1, tensor_parallel_size=1, timeout=timedelta(minutes=timeout))
+        # What is offloaded is reduced on CPUs, which NCCL cannot.
+        backend = "cpu:gloo,cuda:nccl" if offload and torch.cuda.is_available() else None
+        super().__init__(1, 1, process_group_backend=backend, timeout=timedelta(minutes=timeout))
         self.shard_size, self.low_precision, self.offload = shard_size, low_precision, offload
 
     def setup_environment(self) -> None:
