@@ -75,7 +75,8 @@ class Checkpoints(Callback):
         trainer.callbacks = others  # type: ignore[attr-defined]
 
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Clear what an earlier crash left half-written.
+        """Clear what an earlier crash left half-written, and take over the signals: before there are data workers,
+        which get a signal to the whole group too and have to live until the update is done.
 
         Raises:
             CheckpointError: the folder cannot be made.
@@ -89,11 +90,11 @@ class Checkpoints(Callback):
                 raise CheckpointError(f"{self.folder(trainer)}: cannot be made: {error.strerror}") from None
             remove_leftovers(self.folder(trainer))
         self._token = trainer.strategy.broadcast(uuid.uuid4().hex[:8])
+        self.signals.install()
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Take over the signals."""
+        """What is saved already need not be saved again."""
         self._saved = trainer.global_step
-        self.signals.install()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Save when due; stop when any rank was told to.
@@ -127,6 +128,10 @@ class Checkpoints(Callback):
         step old."""
         if self._thread is not None:
             self._thread.join(GRACE)
+        self.signals.restore()
+
+    def teardown(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        """Give the signals back where there was nothing left to train."""
         self.signals.restore()
 
     def save(self, trainer: Trainer, recipe: Any) -> Path:

@@ -71,7 +71,7 @@ def _look_at(recipe: Recipe, batch: Any) -> tuple[str | None, list[str], list[fl
     hooks = [watch(f"{n}.{m}" if m else n, part)
              for n, module in recipe.trainables().items() for m, part in module.named_modules()]  # fmt: skip
     try:
-        with torch.no_grad(), _replaying(recipe), recipe.trainer.precision_plugin.forward_context():
+        with _replaying(recipe), recipe.trainer.precision_plugin.forward_context():
             recipe.training_step(batch, 0)
     finally:
         for handle in hooks:

@@ -137,7 +137,7 @@ def plan(devices: int, kept: int, rest: int) -> Plan:
      (16, 2, 80, 20, "hsdp"), (16, 2, 640, 20, "fsdp"), (8, 1, 640, 20, "offload")],
 )  # fmt: skip
 def test_the_simplest_strategy_that_fits(devices: int, nodes: int, kept: int, rest: int, chosen: str) -> None:
-    """80 GiB of which 0.8 may be used are 64: 40 + 20 fits, 80 / 8 + 20 too, 640 / 8 + 20 does not, 640 / 16 + 20 does."""
+    """80 GiB of which 0.8 may be used are 64: 40 + 20, 80 / 8 + 20 and 640 / 16 + 20 fit, 640 / 8 + 20 does not."""
     name, why = choose(plan(devices, kept, rest), nodes, 80 * GIB, 0.8)
     assert name == chosen
     assert "of 64.00 GiB" in why
