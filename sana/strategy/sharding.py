@@ -14,6 +14,8 @@ from torch.distributed.fsdp import (
 
 # Public methods that run parameters without going through forward; FSDP2 must gather for them too.
 METHODS = ("prepare", "prepare_times", "stream", "features", "encode", "decode")
+# Those of a block that others than its forward call: a block is given back at their end, so forward must not use them.
+OF_BLOCK = ("prepare", "modulate")
 
 
 def shard(
@@ -35,8 +37,13 @@ def shard(
     precision = precision or MixedPrecisionPolicy()
     for block in getattr(module, "blocks", []):
         fully_shard(block, mesh=mesh, mp_policy=precision, offload_policy=policy)
+        _register(block, OF_BLOCK)
     fully_shard(module, mesh=mesh, mp_policy=precision, offload_policy=policy)
-    for name in METHODS:
+    _register(module, METHODS)
+    return module
+
+
+def _register(module: nn.Module, names: tuple[str, ...]) -> None:
+    for name in names:
         if hasattr(module, name):
             register_fsdp_forward_method(module, name)
-    return module

@@ -188,6 +188,7 @@ def run(
     poison: int | None = None,
     non_finite: str = "stop",
     precision: str = "32-true",
+    every: int = 10**6,
 ) -> dict[str, Any]:
     """Train; rank 0 leaves ``result.pt`` in `out`: losses, and all values of the end, whole."""
     if WORLD != "1":
@@ -199,7 +200,7 @@ def run(
     trainer = Trainer(
         max_steps=steps, accelerator="cpu", devices=world, strategy=STRATEGIES[strategy](), logger=False,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, default_root_dir=out,
-        use_distributed_sampler=False, callbacks=[curve, Faults(non_finite), Checkpoints(every=10**6)],
+        use_distributed_sampler=False, callbacks=[curve, Faults(non_finite), Checkpoints(every=every)],
         precision=precision,
     )  # fmt: skip
     error = ""
@@ -212,13 +213,17 @@ def run(
     outputs = None
     if kind == "image" and not error:
         data = Latents().collate([5, 900, 77])
+        assert data.latent is not None
+        x, t = data.latent.unsqueeze(2), torch.full((3, 1), 0.3)
         condition = Condition(text=data.text, mask=data.text_mask)  # type: ignore[arg-type]
-        with torch.no_grad(), recipe.averaged("network") as network:
+        with torch.no_grad(), recipe.averaged("network") as averaged:
+            network: Any = averaged  # every public method that runs parameters has to gather them
             outputs = [
-                network(data.latent.unsqueeze(2), torch.full((3, 1), 0.3), condition),  # type: ignore[union-attr]
-                network(data.latent.unsqueeze(2), torch.full((3, 1), 0.3), network.prepare(condition)),  # type: ignore[union-attr, operator]
-                network.stream(data.latent.unsqueeze(2), torch.full((3, 1), 0.3), condition, None)[0],  # type: ignore[union-attr, operator]
-            ]  # every public method that runs parameters gathers them
+                network(x, t, condition),
+                network(x, t, network.prepare(condition)),
+                network(x, t, network.prepare(condition, torch.tensor([0.3]))),
+                network.stream(x, t, condition, None)[0],
+            ]
     result = {
         "losses": curve.losses, "whole": whole, "average": average, "outputs": outputs, "error": error,
         "samples_seen": recipe.samples_seen, "updates": recipe.updates, "skipped": recipe.skipped,
