@@ -32,7 +32,9 @@ def hear(folder: str | Path) -> Path:
         return Path(_store().get(_key()).decode())
     note = _note(folder)
     if note is None:
-        raise ConfigError("run.dir: cannot be told to this rank; start the run with torchrun, srun, or trainer.devices")
+        raise ConfigError(
+            "run.dir: has to be given, the same for all ranks, unless torchrun, srun or trainer.devices start them"
+        )
     end = time.monotonic() + PATIENCE
     while not note.is_file():
         if time.monotonic() > end:
@@ -42,7 +44,8 @@ def hear(folder: str | Path) -> Path:
 
 
 def _torchrun() -> bool:
-    return "TORCHELASTIC_RUN_ID" in os.environ
+    """Whether torchrun keeps a store that is up before the ranks are; with others (etcd) run.dir has to be given."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def _store():

@@ -70,9 +70,14 @@ class Sharded(ModelParallelStrategy):
         shard(module, self.device_mesh, precision if self.low_precision else None, offload=self.offload)
 
     def model_to_device(self) -> None:
-        """Shards are where they belong already; offloaded ones stay in main memory."""
+        """Move the recipe to its device, but for shards that are offloaded."""
         if not self.offload:
             super().model_to_device()
+            return
+        assert self.lightning_module is not None
+        for buffer in self.lightning_module.buffers():
+            buffer.data = buffer.data.to(self.root_device)
+        self.lightning_module._device = self.root_device
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:

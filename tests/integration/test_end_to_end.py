@@ -51,7 +51,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def run(data: Path) -> Path:
-    return train(data.parent / "run", data, "trainer.max_steps=6", "callback.checkpoints.every=3")
+    return train(data.parent / "run", data, "trainer.max_steps=6", "callback.checkpoints.every=3", "logger=csv")
 
 
 def rows(run: Path) -> list[dict[str, float]]:
@@ -65,6 +65,10 @@ def test_a_run_leaves_its_records(run: Path) -> None:
     assert len(losses) == 6
     assert all(np.isfinite(losses))
     final = {key for row in rows(run) for key in row}
+    assert {"train/tflops", "train/mfu", "memory/peak_rss_gib", "time/data", "time/checkpoint"} <= final
+    lines = (run / "metrics.csv").read_text().splitlines()
+    assert len(lines) == 1 + len(rows(run))
+    assert lines[0].startswith("step,time,train/loss")
     assert {"val/loss", "val/loss_t0", "val/loss_t9", "train/grad_norm", "train/lr", "time/model"} <= final
     assert [p.name for p in sorted((run / "checkpoints").iterdir())] == ["step_00000003.ckpt", "step_00000006.ckpt"]
     assert (run / "samples" / "step_00000006.png").exists()

@@ -86,3 +86,19 @@ def test_a_signal_to_one_rank_stops_all_and_the_run_goes_on_until_one_is_killed(
     assert (later["id"], later["started"], len(later["resumed"])) == (status["id"], status["started"], 1)
     assert steps(run) == list(range(1, steps(run)[-1] + 1))  # one curve
     assert list_checkpoints(run / "checkpoints")[0][0] > stopped
+
+
+@pytest.mark.slow
+def test_torchrun_as_it_is(tmp_path: Path) -> None:
+    """No run.dir: the ranks learn from the first where the run lies."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py"]
+    done = subprocess.run(
+        [*command, f"run.folder={tmp_path / 'runs'}", f"data.folder={tmp_path / 'data'}", *SMALL, "strategy=fsdp",
+         "trainer.devices=2", "trainer.max_steps=3"],
+        cwd=ROOT, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    (run,) = (tmp_path / "runs" / "tiny").iterdir()
+    assert json.loads((run / "status.json").read_text())["status"] == "finished"
+    assert steps(run) == [1, 2, 3]
+    assert len(list((run / "checkpoints" / "step_00000003.ckpt").glob("model.*"))) == 2

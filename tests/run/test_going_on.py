@@ -113,7 +113,7 @@ def test_metrics_are_one_curve(tmp_path: Path) -> None:
 
 
 def test_ranks_of_slurm_learn_the_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ConfigError, match="torchrun, srun, or"):
+    with pytest.raises(ConfigError, match="torchrun, srun or"):
         hear(tmp_path)
     monkeypatch.setenv("SLURM_JOB_ID", "12")
     monkeypatch.setenv("SLURM_STEP_ID", "0")

@@ -87,7 +87,7 @@ def test_ranks_that_lightning_starts_join_the_first(tmp_path: Path, monkeypatch:
     for name in ("TORCHELASTIC_RUN_ID", "SLURM_JOB_ID"):
         monkeypatch.delenv(name, raising=False)
     assert begin(prepare("train", [f"run.dir={path}"])).config.run.dir == str(path)
-    with pytest.raises(ConfigError, match="start the run with torchrun, srun"):
+    with pytest.raises(ConfigError, match="unless torchrun, srun"):
         begin(prepare("train", [f"run.folder={tmp_path}"]))
 
 
