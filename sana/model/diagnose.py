@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from sana.optimizer.local import local
+from sana.run.error import RunError
 
 if TYPE_CHECKING:
     from sana.model.base import Recipe
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 SHOWN = 8  # samples in a message
 
 
-class NonFiniteError(RuntimeError):
+class NonFiniteError(RunError):
     """A loss or gradient was not finite; says at which update, on which samples and times, and in which layer first."""
 
 

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sana.allocator import DRAWING, TRAINING, keep_pages
-from sana.run.error import ConfigError
+from sana.checkpoint.error import CheckpointError
+from sana.run.error import ConfigError, RunError
 from sana.run.groups import groups_of, list_options
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ Task = Callable[["Composed"], int | None]
 # Settings that are prose: what stands behind the sign is the text, commas and quotes included.
 PROSE = {"sample": ("prompt", "negative")}
 QUOTED = re.compile(r"""\"(?:[^\"\\]|\\.)*\"|'(?:[^'\\]|\\.)*'|\[.*\]""", re.DOTALL)
+FAILED = 1  # exit code: the run began and failed, and one line says why
 REFUSED = 2  # exit code: the run did not start, and one line says why
 EXAMPLES = {
     "train": """\
@@ -104,8 +106,9 @@ def launch(entry: str, task: Task, arguments: Sequence[str] | None = None) -> in
         arguments: the command line, sys.argv's where None.
 
     Returns:
-        The exit code: 0, 2 for what could not start or be read (one line on stderr), 130 after ctrl-C, 75 where a run
-            was told to end and should be started again. Other errors are raised.
+        The exit code: 0, 2 for what could not start or be read, 1 for a run that a known fault ended (one line on
+            stderr each), 130 after ctrl-C, 75 where a run was told to end and should be started again. Other errors
+            are raised.
     """
     try:
         given = read_arguments(entry, sys.argv[1:] if arguments is None else arguments)
@@ -116,6 +119,9 @@ def launch(entry: str, task: Task, arguments: Sequence[str] | None = None) -> in
     except ConfigError as error:
         print(f"{entry}.py: {error}".replace("\n", f"\n{entry}.py: "), file=sys.stderr)
         return REFUSED
+    except (RunError, CheckpointError) as error:
+        print(f"{entry}.py: {error}", file=sys.stderr)
+        return FAILED
     except KeyboardInterrupt:
         return 130
 

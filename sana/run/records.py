@@ -325,7 +325,7 @@ class RunRecord:
         else:
             lines = str(error).strip().splitlines() or [""]
             reason = f"{type(error).__name__}: {lines[0]}" if lines[0] else type(error).__name__
-            if "peer" in reason or "Gloo" in reason or "NCCL" in reason:
+            if any(word in reason for word in ("peer", "gloo", "Gloo", "NCCL", "Broken pipe", "Socket")):
                 reason = _of_other_rank(self.path) or f"a rank is gone ({reason})"
             with suppress(OSError):  # the directory may be what failed
                 self.end("failed", reason, "".join(traceback.format_exception(kind, error, trace)))

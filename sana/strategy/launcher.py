@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -44,6 +45,11 @@ class Launcher(_SubprocessScriptLauncher):
         threading.Thread(target=_watch, args=(watch, ended), daemon=True).start()
         try:
             return function(*args, **kwargs)
+        except Exception:
+            time.sleep(EVERY)  # a collective fails before the system has said how its partner ended
+            if what := watch():
+                print(f"error: {what}", file=sys.stderr, flush=True)
+            raise
         finally:
             ended.set()
 
