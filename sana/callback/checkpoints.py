@@ -108,6 +108,7 @@ class Checkpoints(Callback):
         stop, failed, late = self._agree(self.signals.code, int(failed), int(time.monotonic() > self._end))
         if failed:
             self.finish()
+            raise CheckpointError(f"{self.folder(trainer)}: another rank could not save")
         step = trainer.global_step
         if step != self._saved and step % self.every == 0:
             with pl_module.timed("checkpoint"):
