@@ -1,1 +1,1 @@
-"""Lightning callbacks: progress, sample grids, validation, records, checkpoints."""
+"""Lightning callbacks: progress, sample grids, validation, records, checkpoints, faults."""

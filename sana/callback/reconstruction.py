@@ -40,7 +40,9 @@ class Reconstruction(Callback):
                 self._measure(trainer, pl_module.export(self._held_out(trainer, pl_module)))
 
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
-        """Write the weights, and measure what was written."""
+        """Write the weights, and measure what was written; a run that will go on does not."""
+        if pl_module.stopped is not None:
+            return
         with pl_module.timed("evaluation"):
             model = pl_module.export(self._held_out(trainer, pl_module))
             if trainer.is_global_zero:

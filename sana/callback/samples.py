@@ -40,7 +40,7 @@ class SampleGrid(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Draw the end."""
-        if trainer.global_step != self._done:
+        if trainer.global_step != self._done and pl_module.stopped is None:
             with pl_module.timed("evaluation"):
                 self._draw(trainer, pl_module)
 

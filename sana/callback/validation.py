@@ -35,7 +35,7 @@ class ValidationLoss(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Evaluate the end."""
-        if trainer.global_step != self._done:
+        if trainer.global_step != self._done and pl_module.stopped is None:
             with pl_module.timed("evaluation"):
                 self._evaluate(trainer, pl_module)
 

@@ -1,4 +1,4 @@
-"""Tensors of a ``torch.distributed.checkpoint`` directory, as FSDP runs write it; no process group is needed."""
+"""Tensors of a ``torch.distributed.checkpoint`` directory, as FSDP runs of other trainers write it; no process group is needed."""
 
 from __future__ import annotations
 
@@ -13,10 +13,8 @@ from sana.checkpoint.distributed_index import Chunk, Stored, read_index
 from sana.checkpoint.error import CheckpointError
 from sana.checkpoint.tensors import Tensors
 
-META = "meta.pt"
-"""Beside the shards, written by Lightning: all that is not weights or optimizer state."""
 PREFIXES = ("state_dict.network.", "state_dict.", "model.module.", "model.", "module.", "")
-"""What precedes the network's own names: in runs of this project, in Lightning's, in those of accelerate, in a plain
+"""What precedes the network's own names: in older runs of this project, in Lightning's, in those of accelerate, in a plain
 state dict."""
 
 

@@ -45,7 +45,8 @@ class ShardsData(LightningDataModule):
         cache: folder that keeps what was fetched or computed: whole shards of data that lie at an address, latents and
             features of captions. None: only byte ranges are fetched; what is computed lies in "cache" beside the data.
         caption: how one caption of several is chosen.
-        accumulate: micro-batches per update; each has ``batch_size / world / accumulate`` samples.
+        micro_batch: samples that one process has in the network at a time; gradients of as many micro-batches are added
+            up as the global batch takes. None: its whole share at once.
         cache_latents: train on latents that are kept in shards beside the images (`sana.data.cache`): true encodes
             what is not there before training; "required" refuses to train unless scripts/precompute.py made them.
         cache_text: the same for features of the captions.
@@ -75,7 +76,7 @@ class ShardsData(LightningDataModule):
         resampled: bool = False,
         limits: Limits | None = None,
         cache: str | None = None,
-        accumulate: int = 1,
+        micro_batch: int | None = None,
         cache_latents: bool | str = False,
         cache_text: bool | str = False,
         cache_dtype: str = "float16",
@@ -102,7 +103,7 @@ class ShardsData(LightningDataModule):
         ):
             if value not in allowed:
                 raise ValueError(f"data.{name} is {value!r}, expected one of {', '.join(map(str, allowed))}")
-        self.batch_size, self.accumulate, self.seed = batch_size, accumulate, seed
+        self.batch_size, self.micro_batch, self.seed = batch_size, micro_batch, seed
         self.size, self.weights, self.buckets = size, weights, buckets
         self.filter, self.resampled = filter or Filter(), resampled
         self.choice, self.num_workers = caption, num_workers
@@ -181,15 +182,27 @@ class ShardsData(LightningDataModule):
         digests = [source.fingerprint() for source in self.sources()]
         return digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
+    def accumulation(self, world: int) -> int:
+        """Micro-batches per update of each of `world` processes.
+
+        Raises:
+            ValueError: the global batch does not divide.
+        """
+        share, rest = divmod(self.batch_size, world)
+        micro = self.micro_batch or share
+        if rest or micro < 1 or share % micro:
+            raise ValueError(
+                f"data.batch_size: {self.batch_size} samples over {world} processes do not divide into micro-batches "
+                f"of {micro or 'any size'}"
+            )
+        return share // micro
+
     def train_dataloader(self) -> DataLoader[Any]:
         """Endless loader of this rank's micro-batches, from the first sample the recipe has not consumed."""
         trainer = self.trainer
         assert trainer is not None
         world = trainer.world_size
-        if self.batch_size % (world * self.accumulate):
-            raise ValueError(
-                f"batch_size {self.batch_size} over {world} ranks and accumulate {self.accumulate} does not divide"
-            )
+        micro = self.batch_size // world // self.accumulation(world)
         recipe, planner = trainer.lightning_module, self.planner()
         sizes = [self.table(self.sources()).sizes[bucket] for bucket in planner.streams]
         _check_multiples(sizes, recipe)
@@ -206,7 +219,7 @@ class ShardsData(LightningDataModule):
             seen,
             trainer.global_rank,
             world,
-            micro=self.batch_size // world // self.accumulate,
+            micro=micro,
         )
         samples = self.samples()
         samples.latents, samples.text, samples.flip = *self._caches(), self.flip
@@ -340,7 +353,7 @@ class ScenesData(ShardsData):
         count: training images.
         held: images of the validation split.
         world_seed: seed of the generator (not of the run: two runs with different seeds share the data).
-        batch_size, caption, size, accumulate, cache_latents, cache_text, num_workers, validation, max_bad_fraction,
+        batch_size, caption, size, micro_batch, cache_latents, cache_text, num_workers, validation, max_bad_fraction,
             inspect, seed: as in `ShardsData`.
     """
 
@@ -355,7 +368,7 @@ class ScenesData(ShardsData):
         world_seed: int = 0,
         tasks: Mapping[str, float] | None = None,
         size: int | None = None,
-        accumulate: int = 1,
+        micro_batch: int | None = None,
         cache_latents: bool | str = False,
         cache_text: bool | str = False,
         num_workers: int = 0,
@@ -369,7 +382,7 @@ class ScenesData(ShardsData):
             batch_size,
             caption,
             size=size,
-            accumulate=accumulate,
+            micro_batch=micro_batch,
             cache_latents=cache_latents,
             cache_text=cache_text,
             num_workers=num_workers,

@@ -43,7 +43,6 @@ class AutoencoderModule(Recipe):
         adapt_from, refine_from: first updates of phases 2 and 3.
         latent_noise: largest standard deviation of the noise; each sample draws its own from [0, latent_noise).
         seed: key of all randomness, with each sample's position in the stream.
-        accumulate: micro-batches per update.
     """
 
     def __init__(
@@ -64,13 +63,12 @@ class AutoencoderModule(Recipe):
         clip_norm: float | None = 1.0,
         ema_decay: float | None = None,
         seed: int = 0,
-        accumulate: int = 1,
     ) -> None:
         plans = {
             "autoencoder": Optimisation(optimizer, schedule, clip_norm, ema_decay),
             "discriminator": Optimisation(discriminator_optimizer, lambda updates: 1.0, clip_norm, None),
         }
-        super().__init__(plans, seed=seed, accumulate=accumulate)
+        super().__init__(plans, seed=seed)
         if autoencoder.scale != 1.0:
             raise ValueError(f"AutoencoderModule normalises the latent: scale must be 1, got {autoencoder.scale}")
         if crop % autoencoder.ratio or not 0 <= adapt_from <= refine_from:

@@ -12,25 +12,27 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from lightning import LightningModule
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from sana.checkpoint.error import CheckpointError
+from sana.model.diagnose import diagnose
 from sana.model.frozen import Frozen
+from sana.model.resume import choose
+from sana.model.state import restore
 from sana.optimizer.ema import EMA
-from sana.strategy.sharding import shard
+from sana.optimizer.local import local
 from sana.types import Batch
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
 Schedule = Callable[[int], float]
-
-
-class NonFiniteError(RuntimeError):
-    """A loss or gradient was not finite; the message names update, module, samples and the first bad parameter."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,14 @@ class Recipe(LightningModule):
     Attributes:
         updates: optimizer updates done, by name.
         samples_seen: samples consumed over all ranks; the data order continues from here.
+        skipped: updates left out because a number was not finite, by name.
+        in_a_row: of those, how many were the last ones.
+        tolerance: how many in a row are left out before the run stops; 0 stops at the first.
+        resume: a checkpoint or a run to go on from; `allow_partial` goes on without what it lacks.
+        restored: what was taken from there, in one line; None for a new run.
+        stopped: why the run ends before its time ("SIGTERM", "max_time"); None while it goes on.
+        flops: operations of forward and backward so far on this rank, recomputation left out; 0 where not counted.
+        noted: per-sample values of the current step ("t", "loss": (b, ...)), for messages.
         report: numbers of the current step for the records; replaced at every step.
         seconds: time spent in parts of the step since the records last read it.
     """
@@ -95,14 +105,24 @@ class Recipe(LightningModule):
         self.frozen = Frozen()
         self.updates = dict.fromkeys(self.optimisation, 0)
         self.samples_seen = 0
+        self.skipped = dict.fromkeys(self.optimisation, 0)
+        self.in_a_row = dict.fromkeys(self.optimisation, 0)
+        self.tolerance: float = 0
+        self.resume: str | Path | None = None
+        self.allow_partial = False
+        self.restored: str | None = None
+        self.stopped: str | None = None
+        self.flops = 0.0
+        self.noted: dict[str, Tensor] = {}
         self.report: dict[str, Tensor | float] = {}
         self.seconds: dict[str, float] = defaultdict(float)
         self.ema: dict[str, EMA] = {}
-        self._restored_ema: dict[str, Any] | None = None
+        self.samples: list[str] = []
+        self.window: list[Any] = []  # micro-batches since the last update
+        self.replaying = False  # a failed step is run again to see where it failed
         self._sharded = False
         self._pending = dict.fromkeys(self.optimisation, 0)
         self._uncounted = 0
-        self._samples: list[str] = []
 
     def trainables(self) -> dict[str, nn.Module]:
         """The trained modules by name, in the order of their optimizers; the first is the primary one."""
@@ -122,20 +142,40 @@ class Recipe(LightningModule):
         """Shard the trained modules where the strategy is a device mesh (FSDP2); nothing to do elsewhere."""
         if self.device_mesh is not None and not self._sharded:
             for module in self.trainables().values():
-                shard(module, self.device_mesh["data_parallel"])
+                self.trainer.strategy.shard(module)  # type: ignore[attr-defined]
             self._sharded = True
 
     def on_fit_start(self) -> None:
-        """Place frozen parts; start the moving averages from the weights in place, or from the checkpoint's."""
+        """Place frozen parts, start the moving averages, and go on from a checkpoint if one is given.
+
+        Raises:
+            CheckpointError: there is none, or it does not fit; on all ranks.
+        """
         self.frozen.to(self.device)
-        modules = self.trainables()
-        for name, plan in self.optimisation.items():
-            if plan.ema_decay is None:
-                continue
-            self.ema[name] = EMA(modules[name], plan.ema_decay)
-            if self._restored_ema is not None:
-                self.ema[name].load_state_dict(self._restored_ema[name])
-        self._restored_ema = None
+        data = getattr(self.trainer, "datamodule", None)
+        if hasattr(data, "accumulation"):
+            self.accumulate = data.accumulation(self.trainer.world_size)
+        for name in self.optimisation:
+            self.start_average(name)
+        if self.resume is not None:
+            place, error = self.trainer.strategy.broadcast(
+                choose(self.resume) if self.trainer.is_global_zero else (None, None)
+            )
+            if place is None:
+                raise CheckpointError(error)
+            self.restored = restore(self, place, partial=self.allow_partial)
+            if self.trainer.is_global_zero:
+                print(self.restored, flush=True)
+
+    def start_average(self, name: str) -> None:
+        """Start the moving average of a module from its weights, if it has one."""
+        plan = self.optimisation[name]
+        if plan.ema_decay is not None:
+            self.ema[name] = EMA(self.trainables()[name], plan.ema_decay)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Keep the micro-batches of an update, for the message if it fails."""
+        self.window.append(batch)
 
     @contextmanager
     def timed(self, part: str) -> Iterator[None]:
@@ -149,47 +189,65 @@ class Recipe(LightningModule):
     def optimise(self, name: str, loss: Tensor) -> None:
         """Backward of a loss, and an update of one module at the end of its accumulation window.
 
+        All ranks decide alike: a loss that is not finite on one of them makes the gradients so on all.
+
         Args:
             name: key of `trainables`.
             loss: scalar, the mean over this micro-batch.
 
         Raises:
-            NonFiniteError: the loss or the global gradient norm is not finite. Nothing was updated.
+            NonFiniteError: a loss or the global gradient norm is not finite, and no more of that is tolerated. Nothing
+                was updated.
         """
-        if not torch.isfinite(loss):
-            raise NonFiniteError(self._trouble(name, "loss is not finite"))
-        self.manual_backward(loss / self.accumulate)
+        if self.replaying:
+            self.noted[f"{name} loss"] = loss.detach()
+            return
+        spoil = torch.where(torch.isfinite(loss.detach()), 1.0, torch.nan)
+        self.manual_backward(loss * spoil / self.accumulate)
         self._pending[name] += 1
         if self._pending[name] < self.accumulate:
             return
         self._pending[name] = 0
         plan, module = self.optimisation[name], self.trainables()[name]
-        parameters = [p for p in module.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        if not torch.isfinite(norm):
-            bad = next(
-                (n for n, p in module.named_parameters() if p.grad is not None and not p.grad.isfinite().all()),
-                "?",
-            )
-            raise NonFiniteError(self._trouble(name, f"gradient is not finite, first in {bad}"))
-        if plan.clip_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(parameters, plan.clip_norm, norm)
+        gradients = [p.grad for p in module.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if isinstance(norm, DTensor):
+            norm = norm.full_tensor()
         index = list(self.trainables()).index(name)
         optimizer = self._optimizer(index)
-        factor = plan.schedule(self.updates[name])
+        if not torch.isfinite(norm):
+            self._leave_out(name, optimizer)
+            return
+        if plan.clip_norm is not None:
+            factor = torch.clamp(plan.clip_norm / (norm + 1e-6), max=1.0)
+            torch._foreach_mul_([local(g) for g in gradients], factor)
+        rate = plan.schedule(self.updates[name])
         for group in optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * factor
+            group["lr"] = group["initial_lr"] * rate
         if index == 0:
             optimizer.step()
         else:  # past the wrapper, so that global_step counts the primary module alone
             optimizer.optimizer.step()
         optimizer.zero_grad()
         self.updates[name] += 1
+        self.in_a_row[name] = 0
         if name in self.ema:
             self.ema[name].update()
         prefix = "train" if index == 0 else f"train/{name}"
         self.report[f"{prefix}/grad_norm"] = norm
         self.report[f"{prefix}/lr"] = optimizer.param_groups[0]["lr"]
+        if self.skipped[name]:
+            self.report[f"{prefix}/skipped"] = float(self.skipped[name])
+
+    def _leave_out(self, name: str, optimizer: LightningOptimizer) -> None:
+        """Drop gradients that are not finite, or stop."""
+        if self.in_a_row[name] >= self.tolerance:
+            error = diagnose(self, name)
+            optimizer.zero_grad()
+            raise error
+        optimizer.zero_grad()
+        self.skipped[name] += 1
+        self.in_a_row[name] += 1
 
     @contextmanager
     def averaged(self, name: str) -> Iterator[nn.Module]:
@@ -210,43 +268,25 @@ class Recipe(LightningModule):
         optimizers = self.optimizers()
         return optimizers[index] if isinstance(optimizers, list) else optimizers  # type: ignore[return-value]
 
-    def _trouble(self, name: str, what: str) -> str:
-        shown = ", ".join(self._samples[:8])
-        return f"{what} at update {self.updates[name]} of {name}; samples {shown or 'unknown'}; nothing was updated"
-
     def begin_batch(self, keys: list[str]) -> None:
         """Start a step: remember the samples' names for messages and clear the report."""
-        self._samples = keys
-        self.report = {}
+        self.samples = keys
+        self.report, self.noted = {}, {}
 
     def finish_batch(self, samples: int) -> None:
         """End a step: count the samples of all ranks, once the update that used them is done.
 
         A run stopped within an accumulation window thus repeats the window, whose gradients are not saved.
         """
+        if self.replaying:
+            return
         self._uncounted += samples * self.trainer.world_size
-        if not any(self._pending.values()):
+        if self.between_updates:
             self.samples_seen += self._uncounted
             self._uncounted = 0
+            self.window = []
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add counters and moving averages, each under its own name."""
-        checkpoint["updates"] = dict(self.updates)
-        checkpoint["samples_seen"] = self.samples_seen
-        checkpoint["ema"] = {name: ema.state_dict() for name, ema in self.ema.items()}
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore counters and moving averages.
-
-        Raises:
-            KeyError: the checkpoint lacks one of them, with its name.
-        """
-        for part in ("updates", "samples_seen", "ema"):
-            if part not in checkpoint:
-                raise KeyError(f"checkpoint has no {part!r}; it was not written by this recipe")
-        self.updates = dict(checkpoint["updates"])
-        self.samples_seen = int(checkpoint["samples_seen"])
-        for name, plan in self.optimisation.items():
-            if plan.ema_decay is not None and name not in checkpoint["ema"]:
-                raise KeyError(f"checkpoint has no moving average of {name!r}; it has {sorted(checkpoint['ema'])}")
-        self._restored_ema = checkpoint["ema"]
+    @property
+    def between_updates(self) -> bool:
+        """Whether no accumulation window is open, so that the state is one that can be saved."""
+        return not any(self._pending.values())

@@ -13,7 +13,7 @@ from sana.model.base import Optimisation, OptimizerFactory, Recipe, Schedule, sh
 from sana.model.encoding import encode_captions, encode_latents
 from sana.model.frozen import Frozen, Place
 from sana.ops.random import normal, spread, uniform
-from sana.types import Batch, Condition
+from sana.types import Batch, Condition, Grid
 
 
 class ImageModule(Recipe):
@@ -30,7 +30,6 @@ class ImageModule(Recipe):
         null_mask: what a dropped caption attends to: "own" (the null prompt's own tokens) or "caption" (the rows that
             the real caption had; what the published models were trained with).
         seed: key of all randomness, with each sample's position in the stream.
-        accumulate: micro-batches per update.
         compile: compile each block of the network (needs a C++ compiler on CPU).
         frozen: where the encoders are, see `Frozen`: on the "device", on the "cpu", or "offload": there only while they
             work.
@@ -51,12 +50,11 @@ class ImageModule(Recipe):
         caption_dropout: float = 0.1,
         null_mask: Literal["own", "caption"] = "own",
         seed: int = 0,
-        accumulate: int = 1,
         compile: bool = False,
         frozen: Place = "device",
     ) -> None:
         plan = Optimisation(optimizer, schedule, clip_norm, ema_decay)
-        super().__init__({"network": plan}, seed=seed, accumulate=accumulate)
+        super().__init__({"network": plan}, seed=seed)
         if not 0.0 <= caption_dropout <= 1.0:
             raise ValueError(f"caption_dropout must be in [0, 1], got {caption_dropout}")
         if null_mask not in ("own", "caption"):
@@ -83,10 +81,27 @@ class ImageModule(Recipe):
         with self.timed("autoencoder"):
             x0 = self.latents(batch)
         with self.timed("model"):
-            loss = weighted_mean(self.flow_loss(self.network, x0, condition, batch.index), batch.weight)
+            t = self.times(batch.index)
+            losses = self.flow_loss(self.network, x0, condition, batch.index, t)
+            self.noted = {"t": t, "loss": losses.detach()}
+            loss = weighted_mean(losses, batch.weight)
+            self.flops += self._flops_of(x0, condition)
             self.report["train/loss"] = loss.detach() / share_of_good(batch)
             self.optimise("network", loss)
         self.finish_batch(len(batch.caption))
+
+    def _flops_of(self, x0: Tensor, condition: Condition) -> float:
+        """Operations of forward and backward of a micro-batch; 0 for networks that do not count theirs."""
+        count = getattr(self.network, "flops", None)
+        if count is None or self.replaying:
+            return 0.0
+        b, _, f, h, w = x0.shape
+        patch = int(getattr(self.network, "patch", 1))
+        return 3.0 * b * count(Grid(f, h // patch, w // patch), condition.text.shape[1])
+
+    def times(self, index: Tensor) -> Tensor:
+        """The times (b,) of the samples at these positions."""
+        return self.timestep(spread(self.seed, index, "timestep"))
 
     def flow_loss(
         self, network: nn.Module, x0: Tensor, condition: Condition, index: Tensor, t: Tensor | None = None
@@ -98,10 +113,10 @@ class ImageModule(Recipe):
             x0: (b, c, 1, h, w) scaled latents.
             condition: captions' features.
             index: (b,) positions.
-            t: (b,) fixed times for validation; drawn where None.
+            t: (b,) other times.
         """
         if t is None:
-            t = self.timestep(spread(self.seed, index, "timestep"))
+            t = self.times(index)
         eps = normal(self.seed, index, "noise", tuple(x0.shape[1:]))
         return self.objective(lambda xt, time: network(xt, time, condition), x0, eps, t[:, None].to(x0.dtype))
 

@@ -18,6 +18,7 @@ from sana.checkpoint.tensors import Tensors, check_finite, read_safetensors
 from sana.model.generate import Painter
 from sana.model.image import ImageModule
 from sana.nn.inference import for_inference
+from sana.run.runs import find_weights
 
 
 def load_weights(
@@ -65,6 +66,15 @@ def load_weights(
         state = state.renamed(lambda name: None if name.startswith(EXTRA) else name)
     fill(module.network, state, path, allow_missing, allow_extra)
     return updates
+
+
+def start_from(module: ImageModule, name: str) -> None:
+    """Give a recipe that starts anew the weights that `init` names, averaged ones where there are any.
+
+    Raises:
+        ConfigError, CheckpointError: there are none, or they do not fit; see `load_weights`.
+    """
+    load_weights(module, find_weights(name, key="init").path)
 
 
 def make_painter(module: ImageModule, device: str | torch.device) -> Painter:

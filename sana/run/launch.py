@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from sana.allocator import DRAWING, TRAINING, keep_pages
-from sana.run.error import ConfigError
+from sana.checkpoint.error import CheckpointError
+from sana.run.error import ConfigError, RunError
 from sana.run.groups import groups_of, list_options
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ Task = Callable[["Composed"], int | None]
 PROSE = {"sample": ("prompt", "negative")}
 QUOTED = re.compile(r"""\"(?:[^\"\\]|\\.)*\"|'(?:[^'\\]|\\.)*'|\[.*\]""", re.DOTALL)
 SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|API_?KEY|CREDENTIAL", re.IGNORECASE)
+FAILED = 1  # exit code: the run began and failed, and one line says why
 REFUSED = 2  # exit code: the run did not start, and one line says why
 EXAMPLES = {
     "train": """\
@@ -34,6 +36,7 @@ python train.py experiment=image/sana_600m_1024px data.folder=/my/shards
 python train.py debug=overfit                                one batch again and again (limit, profiler, fdr)
 python train.py -m seed=1,2 trainer.max_steps=20             two runs, one after the other
 python train.py -m sweep=optuna sweep.trials=20 'optimizer.lr=tag(log,interval(1e-4,1e-1))'
+python train.py run.dir=runs/mine resume=auto                start, or go on where it was stopped, however that was
 python train.py --rerun runs/tiny/2026-01-31_12-00-00_0      the same settings again""",
     "sample": """\
 python sample.py ckpt=runs/tiny/2026-01-31_12-00-00_0 prompt="a red circle left of a blue square" n=8
@@ -103,8 +106,9 @@ def launch(entry: str, task: Task, arguments: Sequence[str] | None = None) -> in
         arguments: the command line, sys.argv's where None.
 
     Returns:
-        The exit code: 0, 2 for what could not start or be read (one line on stderr), 130 after ctrl-C. Other errors are
-            raised.
+        The exit code: 0, 2 for what could not start or be read, 1 for a run that a known fault ended (one line on
+            stderr each), 130 after ctrl-C, 75 where a run was told to end and should be started again. Other errors
+            are raised.
     """
     try:
         given = read_arguments(entry, sys.argv[1:] if arguments is None else arguments)
@@ -115,6 +119,9 @@ def launch(entry: str, task: Task, arguments: Sequence[str] | None = None) -> in
     except ConfigError as error:
         print(without_secrets(f"{entry}.py: {error}".replace("\n", f"\n{entry}.py: ")), file=sys.stderr)
         return REFUSED
+    except (RunError, CheckpointError) as error:
+        print(f"{entry}.py: {error}", file=sys.stderr)
+        return FAILED
     except KeyboardInterrupt:
         return 130
 
@@ -132,6 +139,7 @@ def _run(entry: str, task: Task, given: Arguments) -> int:
         from sana.run.sweep import sweep
 
         return sweep(entry, given.overrides)
+    from sana.run.choose import chosen
     from sana.run.records import is_first_rank
     from sana.run.saved import prepare
 
@@ -139,6 +147,9 @@ def _run(entry: str, task: Task, given: Arguments) -> int:
         if text.lstrip("+").startswith(("sweep=", "sweep.")):
             raise ConfigError(f"{text}: settings of a sweep need -m")
     composed = prepare(entry, given.overrides, rerun=given.rerun)
+    why = None
+    if entry == "train":
+        composed, why = chosen(composed)
     if given.show:
         from sana.run.tree import print_tree
 
@@ -154,6 +165,8 @@ def _run(entry: str, task: Task, given: Arguments) -> int:
 
         for line in switches(composed):
             print(line, flush=True)
+    if why is not None and is_first_rank():
+        print(why, flush=True)
     keep_pages(TRAINING if entry == "train" else DRAWING)
     return task(composed) or 0
 

@@ -97,10 +97,10 @@ def make_plan(composed: Composed) -> Plan:
     side = config.size // ratio // patch
     grid = Grid(1, side, side)
     devices = _devices(config)
-    batch, accumulate = int(config.data.batch_size), int(config.model.accumulate)
-    if batch % (devices * accumulate):
-        raise ConfigError(f"data.batch_size: {batch} does not divide by {devices} devices x {accumulate} micro-batches")
-    micro = batch // devices // accumulate
+    batch = int(config.data.batch_size)
+    micro = int(config.data.get("micro_batch") or batch // devices)
+    if micro < 1 or batch % (devices * micro):
+        raise ConfigError(f"data.batch_size: {batch} does not divide by {devices} devices x data.micro_batch={micro}")
     every = int(config.network.get("checkpoint_every", 0))
     trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
     text = text_parameters(config.encoder.text)
@@ -117,7 +117,7 @@ def make_plan(composed: Composed) -> Plan:
             "text encoder": text,
         },
         devices=devices,
-        sharded="ModelParallelStrategy" in str(config.strategy),
+        sharded="sana.strategy.sharded" in str(config.strategy),
         weights=trained * FLOAT,
         gradients=trained * FLOAT,
         states=state_bytes(build(config.optimizer, "optimizer"), network),

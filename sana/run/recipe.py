@@ -18,6 +18,7 @@ from sana.checkpoint.record import Record
 from sana.run.compose import Composed, compose
 from sana.run.error import ConfigError
 from sana.run.groups import CONF
+from sana.run.older import current
 from sana.run.schema import check
 
 KEPT = ("seed", "size", "model", "data", "sampler", "timestep")
@@ -93,7 +94,7 @@ def training_of(record: Record, path: Path) -> Composed:
         "callback": {},
         "logger": {},
     }
-    composed = Composed("train", OmegaConf.create({**rest, **content}), ())
+    composed = Composed("train", OmegaConf.create(current({**rest, **content})), ())
     try:
         check(composed)
     except ConfigError as error:

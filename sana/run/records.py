@@ -4,7 +4,8 @@
     overrides.yaml     what the command line said
     environment.json   git commit, versions, hardware, data fingerprint; diff.patch holds uncommitted changes
     metrics.jsonl      one JSON object per line, appended and flushed line by line
-    status.json        running, finished, failed (with the reason), interrupted or preempted
+    status.json        running, finished, failed (with the reason), interrupted or preempted; the run's id
+    error_rank_*.txt   why another rank than the first failed
 
 Only the first rank writes. All files but metrics.jsonl are replaced atomically, so a reader never sees half
 of one.
@@ -12,23 +13,28 @@ of one.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import os
 import socket
 import time
 import traceback
+import uuid
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, TextIO
 
 from sana.run.environment import describe_environment, peak_rss_gib
 from sana.run.error import ConfigError
+from sana.run.stop import INTERRUPTED, REQUEUE, Stopped, requeue
 
 Status = Literal["running", "finished", "failed", "interrupted", "preempted"]
 
+LOCK = ".lock"  # of a run's directory; not inherited by the processes that a run starts
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "SLURM_PROCID")  # the order in which Lightning reads them
 
 
@@ -85,6 +91,32 @@ def _claim(path: Path) -> Path:
     return path
 
 
+def lock_directory(path: Path) -> TextIO:
+    """Take a run's directory for this process, until it ends however it ends; the open file is the lock.
+
+    Raises:
+        ConfigError: another process has it.
+    """
+    file = open(path / LOCK, "a", encoding="utf-8")  # noqa: SIM115 - held as long as the run lives
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        raise ConfigError(f"run.dir: a run is under way in {path}") from None
+    return file
+
+
+def is_locked(path: Path) -> bool:
+    """Whether a run is under way in a directory."""
+    try:
+        lock_directory(path).close()
+    except ConfigError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Replace a file by another in one step: readers see the old or the new text, never a part."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
@@ -128,6 +160,14 @@ class MetricsLog:
         if self.path.stat().st_size and not self.path.read_bytes().endswith(b"\n"):
             self._file.write(b"\n")
 
+    @staticmethod
+    def cut(path: Path, step: int) -> None:
+        """Drop the rows after an update, which a run that goes on from there will write again."""
+        rows = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+        kept = [row for row in rows if (at := _step_of(row)) is not None and at <= step]
+        if len(kept) != len(rows):
+            write_atomically(path, "".join(f"{row}\n" for row in kept))
+
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Add one row ``{"step": ..., "time": seconds since 1970, **values}``; step counts optimizer
         updates."""
@@ -137,6 +177,13 @@ class MetricsLog:
     def close(self) -> None:
         """Close the file; `write` is an error afterwards."""
         self._file.close()
+
+
+def _step_of(row: str) -> int | None:
+    try:
+        return int(json.loads(row)["step"])
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
@@ -163,27 +210,32 @@ class RunRecord:
     Args:
         path: the run's directory, from `create_directory`.
         writes: False on all ranks but the first; then nothing is written.
+        lock: from `lock_directory`, held as long as this lives.
     """
 
-    def __init__(self, path: str | Path, writes: bool | None = None) -> None:
-        self.path = Path(path)
+    def __init__(self, path: str | Path, writes: bool | None = None, lock: TextIO | None = None) -> None:
+        self.path, self.lock = Path(path), lock
         self.writes = is_first_rank() if writes is None else writes
         self._status: dict[str, Any] = {}
         self._clock = time.monotonic()
 
     def start(self, config: str, overrides: Sequence[str]) -> RunRecord:
-        """Write all records of the beginning.
+        """Write all records of the beginning. A run that goes on keeps its id, its first start and its seconds.
 
         Args:
             config: text of config.yaml.
             overrides: what the command line said.
         """
         if self.writes:
-            self._clock = time.monotonic()
+            before = _read_json(self.path / "status.json")
+            self._clock = time.monotonic() - float(before.get("seconds", 0.0))
+            now = datetime.now(UTC).isoformat(timespec="seconds")
             self._status = {
                 "status": "running",
                 "reason": None,
-                "started": datetime.now(UTC).isoformat(timespec="seconds"),
+                "id": before.get("id") or uuid.uuid4().hex[:12],
+                "started": before.get("started") or now,
+                "resumed": [*before.get("resumed", []), *([now] if "started" in before else [])],
                 "seconds": 0.0,
                 "host": socket.gethostname(),
                 "pid": os.getpid(),
@@ -217,6 +269,31 @@ class RunRecord:
         """Write how the run ended, with a one-line reason and a traceback if there is one."""
         self.update(status=status, reason=reason, details=details)
 
+    @property
+    def id(self) -> str:
+        """Of the run, over all its parts."""
+        return str(self._status["id"]) if self.writes else str(_read_json(self.path / "status.json").get("id"))
+
+    def stop(self, reason: str | None, alone: bool) -> int:
+        """Write that the run was told to end, and have it started again where SLURM can.
+
+        Args:
+            reason: a signal's name or "max_time"; None: it came to its end.
+            alone: whether each rank's exit code counts; where the first rank started the others, it answers for them.
+
+        Returns:
+            The exit code of this rank.
+        """
+        if reason is None:
+            return 0
+        if self.writes:
+            self.end("interrupted" if reason == "SIGINT" else "preempted", reason)
+            if line := requeue(reason):
+                print(line, flush=True)
+        elif not alone:
+            return 0
+        return INTERRUPTED if reason == "SIGINT" else REQUEUE
+
     def _write_status(self) -> None:
         self._status["seconds"] = round(time.monotonic() - self._clock, 1)
         self._status["peak_rss_gib"] = round(peak_rss_gib(), 3)
@@ -232,6 +309,15 @@ class RunRecord:
             if self._status.get("status") == "running":
                 self.end("finished")
             return
+        if isinstance(error, Stopped):
+            self.end("preempted", str(error))
+            return
+        if not self.writes:
+            rank = next(os.environ[name] for name in RANK_VARIABLES if name in os.environ)
+            text = "".join(traceback.format_exception(kind, error, trace))
+            with suppress(OSError):
+                write_atomically(self.path / f"error_rank_{rank}.txt", f"{type(error).__name__}: {error}\n\n{text}")
+            return
         # Lightning answers ctrl-C by sys.exit inside its handler, so the interrupt is the context of the
         # exit.
         if isinstance(error, KeyboardInterrupt) or isinstance(error.__context__, KeyboardInterrupt):
@@ -239,4 +325,27 @@ class RunRecord:
         else:
             lines = str(error).strip().splitlines() or [""]
             reason = f"{type(error).__name__}: {lines[0]}" if lines[0] else type(error).__name__
-            self.end("failed", reason, "".join(traceback.format_exception(kind, error, trace)))
+            if any(word in reason for word in ("peer", "gloo", "Gloo", "NCCL", "Broken pipe", "Socket")):
+                reason = _of_other_rank(self.path) or f"a rank is gone ({reason})"
+            with suppress(OSError):  # the directory may be what failed
+                self.end("failed", reason, "".join(traceback.format_exception(kind, error, trace)))
+
+
+def _of_other_rank(path: Path, patience: float = 3.0) -> str | None:
+    """What another rank said before it ended, so that its partners lost it."""
+    end = time.monotonic() + patience
+    while time.monotonic() < end:
+        for file in sorted(path.glob("error_rank_*.txt")):
+            line = file.read_text(encoding="utf-8").partition("\n")[0]
+            if "peer" not in line:
+                return f"rank {file.stem.rsplit('_', 1)[1]}: {line}"
+        time.sleep(0.2)
+    return None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}

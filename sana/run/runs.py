@@ -15,12 +15,12 @@ from sana.checkpoint.distributed_index import is_distributed
 from sana.checkpoint.error import CheckpointError
 from sana.checkpoint.hub import SCHEME, fetch, parse
 from sana.checkpoint.record import read_record
+from sana.checkpoint.run_folder import list_checkpoints
 from sana.run.error import ConfigError
 from sana.run.groups import CONF
 from sana.run.job import read_jobs
 from sana.run.records import read_metrics
 
-CHECKPOINT_SUFFIX = ".ckpt"
 SHIPPED = CONF.parent / "experiments"
 SHIPPED_FILE = "model.safetensors"
 LOADED = Path("runs") / "loaded"
@@ -80,6 +80,11 @@ def load_run(path: str | Path) -> dict[str, Any]:
     }
 
 
+def load_status(path: str | Path) -> dict[str, Any]:
+    """status.json of a run; {} where it cannot be read."""
+    return _json(Path(path) / "status.json")
+
+
 def load_runs(folder: str | Path = "runs") -> list[dict[str, Any]]:
     """Every run below a folder, failed ones and those that a sweep has yet to begin included, ordered by start; rows as
     `load_run` gives them.
@@ -115,12 +120,9 @@ def read_overrides(path: str | Path) -> list[str]:
 
 
 def newest_checkpoint(path: str | Path) -> Path | None:
-    """The checkpoint of a run that was written last (a file, or the directory of a sharded one), or None."""
-    folder = Path(path) / "checkpoints"
-    if not folder.is_dir():
-        return None
-    found = [p for p in folder.iterdir() if p.suffix == CHECKPOINT_SUFFIX]
-    return max(found, key=lambda p: (p.stat().st_mtime_ns, p.name), default=None)
+    """The checkpoint of a run with the most updates, by what is recorded inside it, or None."""
+    found = list_checkpoints(Path(path) / "checkpoints")
+    return found[0][1] if found else None
 
 
 def find_checkpoint(path: str | Path, key: str = "ckpt") -> tuple[Path, Path]:
@@ -158,7 +160,7 @@ class Found:
     of_run: bool
 
 
-def find_weights(name: str) -> Found:
+def find_weights(name: str, key: str = "ckpt") -> Found:
     """The weights that a user names.
 
     Args:
@@ -166,6 +168,7 @@ def find_weights(name: str) -> Found:
             run of this project wrote; hf://organisation/repository
             with or without a file; or the bare name of a shipped model, whose file is
             experiments/<name>/model.safetensors. What exists under the path goes first.
+        key: of the setting, for messages.
 
     Raises:
         ConfigError: nothing there, with the names that are; or the hub refuses, with the steps that help.
@@ -174,7 +177,7 @@ def find_weights(name: str) -> Found:
         try:
             path = fetch(name, (Path("models"), CONF.parent / "models"))
         except CheckpointError as error:
-            raise ConfigError(f"ckpt: {error}") from None
+            raise ConfigError(f"{key}: {error}") from None
         return Found(path, LOADED / parse(name)[0].split("/")[1], of_run=False)
     path = Path(name).expanduser()
     shipped = SHIPPED / name / SHIPPED_FILE
@@ -186,7 +189,7 @@ def find_weights(name: str) -> Found:
         hint = f"did you mean {near[0]}? " if near else ""
         shown = f"; shipped: {', '.join(names)}" if names else ""
         raise ConfigError(
-            f"ckpt: {name} does not exist; {hint}give a run, a .ckpt, .pth or .safetensors file, a diffusers folder, "
+            f"{key}: {name} does not exist; {hint}give a run, a .ckpt, .pth or .safetensors file, a diffusers folder, "
             f"a directory of shards, or hf://organisation/repository{shown}"
         )
     if (path / SHIPPED_FILE).is_file() and not (path / "status.json").is_file():
@@ -195,7 +198,7 @@ def find_weights(name: str) -> Found:
     if path.suffix in (".pth", ".pt", ".bin", ".safetensors") or _is_diffusers(path) or strange:
         own = path.parent.name if path.name == SHIPPED_FILE else path.stem if path.is_file() else path.name
         return Found(path, LOADED / (own or "weights"), of_run=False)
-    return Found(*find_checkpoint(path), of_run=True)
+    return Found(*find_checkpoint(path, key), of_run=True)
 
 
 def shipped_models() -> list[str]:

@@ -16,6 +16,8 @@ from sana.checkpoint.published import RELEASES, warning_for
 from sana.checkpoint.record import read_record
 from sana.run.compose import Composed, compose, masked_environment, parse_override, show
 from sana.run.error import ConfigError
+from sana.run.lineage import AUTO
+from sana.run.older import current
 from sana.run.recipe import training_of
 from sana.run.records import is_first_rank
 from sana.run.runs import Found, find_checkpoint, find_weights, read_overrides
@@ -75,7 +77,7 @@ def load_saved(run: str | Path) -> Composed:
         raise ConfigError(f"{path} cannot be read: {error}") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{path} is not a configuration")
-    saved = Composed("train", OmegaConf.create(content), ())
+    saved = Composed("train", OmegaConf.create(current(content)), ())
     try:
         check(saved)
     except ConfigError as error:
@@ -162,9 +164,15 @@ def _check_places(composed: Composed) -> None:
                     f"data.{key}: {place} does not exist; give a folder of images or of WebDataset shards "
                     f"({composed.origin(('data', key))})"
                 )
-    if values["resume"] is not None:
+    if values["resume"] not in (None, AUTO):
         find_checkpoint(values["resume"], key="resume")
+    if values["init"] is not None:
+        if values["resume"] is not None:
+            raise ConfigError("init: starts a run from weights, resume goes on with one; give one of the two")
+        find_weights(values["init"], key="init")
     directory = values["run"]["dir"]
+    if values["resume"] == AUTO and directory is not None and (Path(directory) / "status.json").is_file():
+        return
     if directory is not None and is_first_rank() and Path(directory).is_dir() and any(Path(directory).iterdir()):
         raise ConfigError(f"run.dir: {directory} is in use (not empty); choose another, or leave run.dir out")
 

@@ -45,7 +45,10 @@ class Train:
         seed: of all randomness of the run.
         size: pixels of an image's side.
         dry_run: print the plan of the run (parameters, memory, FLOPs) instead of running.
-        resume: a checkpoint, or the directory of a run, to go on from; in a new run directory.
+        resume: a checkpoint, or the directory of a run, to go on from in a new run directory; "auto": go on in the
+            directory of this very run, in `run.dir` or where the same settings ran before, or start if there is none.
+        allow_partial: resume from a checkpoint that lacks something, which then starts anew.
+        init: weights to start from: anything that `ckpt` of sample.py takes.
         block: one layer of the network, which `network.blocks` refers to.
         strategy: how the run is spread over devices; "auto" leaves it to Lightning.
         quant: quantisation; a training run takes null only.
@@ -63,6 +66,8 @@ class Train:
     strategy: Node | str
     callback: Nodes
     logger: Nodes
+    allow_partial: bool = False
+    init: str | None = None
     quant: Node | None = None
     network: Node | None = None
     block: Node | None = None
@@ -224,7 +229,7 @@ class Sweep:
 # Arguments that a node's constructor has but that belong to another key, which is named instead of ignoring
 # them.
 ELSEWHERE = {
-    "trainer.accumulate_grad_batches": "model.accumulate",
+    "trainer.accumulate_grad_batches": "data.micro_batch",
     "trainer.callbacks": "callback",
     "trainer.default_root_dir": "run.dir",
     "trainer.enable_checkpointing": "callback.checkpoints",

@@ -1,1 +1,1 @@
-"""How a run is spread over devices: Lightning strategies and their checkpoint IO."""
+"""How a run is spread over devices: Lightning strategies, what they shard, and the processes they start."""

@@ -16,23 +16,16 @@ import torch.distributed.checkpoint as dcp
 import torch.multiprocessing as mp
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import Shard, distribute_tensor
 from weights import equal, native_state, script, words
 
 from sana.checkpoint.distributed import read_distributed
 from sana.checkpoint.distributed_index import is_distributed
 from sana.checkpoint.error import CheckpointError
-from sana.checkpoint.pickled import read_pickle
 from sana.checkpoint.source import open_source
 from sana.checkpoint.transformer import sana_from_native
-from sana.model.load import load_weights
-from sana.run.begin import DIRECTORY, begin
-from sana.run.build import build
 from sana.run.error import ConfigError
-from sana.run.restore import restore
 from sana.run.saved import prepare
-
-SMALL = ["network.width=32", "network.depth=2", "block.cross.heads=1"]
 
 
 def ours() -> dict[str, torch.Tensor]:
@@ -47,44 +40,23 @@ def ours() -> dict[str, torch.Tensor]:
     }
 
 
-def recipe_state(path: str, factor: int = 1) -> dict[str, torch.Tensor]:
-    return {name: factor * value for name, value in torch.load(path, weights_only=True).items()}
-
-
 def shards(state: dict[str, torch.Tensor], mesh: Any) -> dict[str, Any]:
     return {n: distribute_tensor(t, mesh, [Shard(0)]) if t.ndim and len(t) else t for n, t in state.items()}
 
 
 def worker(rank: int, folder: str) -> None:
-    """Saves as Lightning's ModelParallelStrategy does: shards of each rank, and the rest by torch.save on rank 0."""
+    """Saves as FSDP2 does: shards of each rank."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    mesh = init_device_mesh("cpu", (2,))
-    live, state = recipe_state(f"{folder}/recipe.pt"), ours()
-    for name, weights, extra in (
-        ("plain", state, {}),
-        ("run", {f"network.{n}": t for n, t in live.items()}, {}),
-        ("averaged", {f"network.{n}": t for n, t in live.items()},
-         {"ema": {"network": {"shadow": shards({n: 2 * t for n, t in live.items()}, mesh)}}}),
-    ):  # fmt: skip
-        content = {"state_dict": shards(weights, mesh), **extra}
-        content["optimizer_0"] = {"state": {"a": {"momentum": torch.ones(3)}}, "param_groups": [{"lr": 0.5}]}
-        dcp.save(content, checkpoint_id=f"{folder}/{name}.ckpt")
-        if rank == 0:
-            rest: dict[str, Any] = {"updates": {"network": 7}, "samples_seen": 70, "ema": {}}
-            if name == "run":
-                rest["ema"] = {"network": {"updates": 7, "shadow": shards({n: 2 * t for n, t in live.items()}, mesh)}}
-            torch.save(rest, f"{folder}/{name}.ckpt/meta.pt")
-        else:
-            shards(live, mesh) if name == "run" else None  # scattering needs both
+    content: dict[str, Any] = {"state_dict": shards(ours(), init_device_mesh("cpu", (2,)))}
+    content["optimizer_0"] = {"state": {"a": {"momentum": torch.ones(3)}}, "param_groups": [{"lr": 0.5}]}
+    dcp.save(content, checkpoint_id=f"{folder}/plain.ckpt")
     dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sharded")
-    network = build(prepare("train", SMALL).config.model.network, "network")
-    torch.save(network.state_dict(), folder / "recipe.pt")
     mp.spawn(worker, (str(folder),), nprocs=2)  # type: ignore[attr-defined]
     return folder
 
@@ -96,48 +68,6 @@ def test_every_tensor_of_two_processes_comes_back(saved: Path) -> None:
     assert {n: (t.dtype, t.shape) for n, t in found.like.items()} == {n: (t.dtype, t.shape) for n, t in found.items()}
     assert len(list((saved / "plain.ckpt").glob("*.distcp"))) == 2
     assert torch.equal(found["optimizer_0.state.a.momentum"], torch.ones(3))
-
-
-@pytest.fixture
-def run(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The directory of a run, still without a checkpoint."""
-    for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID", DIRECTORY):
-        monkeypatch.delenv(name, raising=False)
-    record = begin(prepare("train", [f"run.dir={tmp_path / 'run'}", f"data.folder={tmp_path / 'data'}", *SMALL]))[1]
-    with record:
-        (tmp_path / "run/checkpoints").mkdir()
-    return tmp_path / "run"
-
-
-def put(checkpoint: Path, run: Path) -> None:
-    shutil.copytree(checkpoint, run / "checkpoints/step_00000007.ckpt")
-
-
-def state_of(ckpt: Path, weights: str) -> dict[str, torch.Tensor]:
-    """The network's weights as sample.py and eval.py get them."""
-    restored = restore(prepare("sample", [f"ckpt={ckpt}", "prompt=a red circle", "device=cpu"]))
-    assert load_weights(restored.module, restored.checkpoint, weights) in (7, None)
-    return restored.module.network.state_dict()
-
-
-def test_a_sharded_run_is_drawn_with_and_exported(saved: Path, run: Path, tmp_path: Path) -> None:
-    put(saved / "averaged.ckpt", run)
-    for weights, factor in (("live", 1), ("ema", 2)):
-        want = recipe_state(f"{saved}/recipe.pt", factor)
-        assert equal(state_of(run, weights), want)
-        target = tmp_path / f"{weights}.safetensors"
-        command = [str(run / "checkpoints/step_00000007.ckpt"), str(target), "--to", "sana", "--weights", weights]
-        assert script("convert_checkpoint").main(command) == 0
-        assert equal(state_of(target, weights), want)
-
-
-def test_an_average_of_which_only_one_part_was_kept_is_refused(saved: Path, run: Path) -> None:
-    put(saved / "run.ckpt", run)
-    kept = read_pickle(saved / "run.ckpt/meta.pt")["ema"]["network"]["shadow"]["final.table"]
-    assert isinstance(kept, DTensor)
-    assert equal(state_of(run, "live"), recipe_state(f"{saved}/recipe.pt"))
-    with pytest.raises(CheckpointError, match=r"averaged weights of one of several devices only; weights=live"):
-        state_of(run, "ema")
 
 
 @pytest.fixture(scope="module")

@@ -34,7 +34,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID", DIRECTORY):
         monkeypatch.delenv(name, raising=False)
     folder, data = tmp_path / "run", tmp_path / "scenes"
-    config, record = begin(prepare("train", [f"run.dir={folder}", f"data.folder={data}", *SMALL]))
+    config, record, _ = begin(prepare("train", [f"run.dir={folder}", f"data.folder={data}", *SMALL]))
     with record:
         network = build(config.model, "model").network
         live = {f"network.{name}": value.detach() for name, value in network.state_dict().items()}

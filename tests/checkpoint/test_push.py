@@ -37,7 +37,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID", DIRECTORY):
         monkeypatch.delenv(name, raising=False)
     small = ["network.width=32", "network.depth=2", "block.cross.heads=1"]
-    config, record = begin(prepare("train", [f"run.dir={tmp_path / 'run'}", *small]))
+    config, record, _ = begin(prepare("train", [f"run.dir={tmp_path / 'run'}", *small]))
     with record:
         state = build(config.model, "model").network.state_dict()
         (tmp_path / "run/checkpoints").mkdir()

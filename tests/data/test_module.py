@@ -36,9 +36,9 @@ CHOICE = Proportion({"short": 3.0, "long": 1.0})
 class Brightness(Recipe):
     """Learns the mean of the pixels, and remembers what it saw."""
 
-    def __init__(self, accumulate: int = 1) -> None:
+    def __init__(self) -> None:
         plan = Optimisation(partial(torch.optim.SGD, lr=0.1), lambda update: 1.0)
-        super().__init__({"level": plan}, seed=0, accumulate=accumulate)
+        super().__init__({"level": plan}, seed=0)
         torch.manual_seed(0)
         self.level = nn.Linear(1, 1)
         self.seen: list[tuple[str, float]] = []
@@ -61,7 +61,7 @@ class Brightness(Recipe):
 
 
 def fit(data: ShardsData, folder: Path, steps: int, resume: Path | None = None, **more: Any) -> Any:
-    recipe = Brightness(data.accumulate)
+    recipe = Brightness()
     folder.mkdir(exist_ok=True)
     trainer = Trainer(
         max_steps=steps,
@@ -75,16 +75,17 @@ def fit(data: ShardsData, folder: Path, steps: int, resume: Path | None = None, 
         callbacks=[BadSamples(every=2), Records(1), Checkpoints(every=100)],
         **more,
     )
-    trainer.fit(recipe, datamodule=data, ckpt_path=resume)
+    recipe.resume = resume
+    trainer.fit(recipe, datamodule=data)
     return recipe
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_each_epoch_holds_every_sample_once_and_a_stop_loses_none(tmp_path: Path, accumulate: int) -> None:
+@pytest.mark.parametrize("micro", [None, 2])
+def test_each_epoch_holds_every_sample_once_and_a_stop_loses_none(tmp_path: Path, micro: int | None) -> None:
     pictures = Pictures(24, [(8, 8), (8, 16)])
     folder = str(pictures.write(tmp_path / "shards", 3))
     table = Buckets([(8, 8), (8, 16)], [1.0, 0.5])
-    make = partial(ShardsData, folder, 4, CHOICE, buckets=table, accumulate=accumulate, seed=3)
+    make = partial(ShardsData, folder, 4, CHOICE, buckets=table, micro_batch=micro, seed=3)
     straight = fit(make(), tmp_path / "a", 12)
     assert set(Counter(straight.seen).values()) == {2}
     assert {shape[2:] for shape in straight.shapes} == {(8, 8), (8, 16)}

@@ -74,7 +74,8 @@ def fit(recipe: AutoencoderModule, root: Path, steps: int, checkpoint: Path | No
         max_steps=steps, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False, default_root_dir=root, callbacks=list(callbacks), use_distributed_sampler=False,
     )  # fmt: skip
-    trainer.fit(recipe, Rectangles(), ckpt_path=checkpoint)
+    recipe.resume = checkpoint
+    trainer.fit(recipe, Rectangles())
     return trainer
 
 

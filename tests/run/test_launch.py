@@ -29,7 +29,7 @@ def single_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def start(folder: Path, *overrides: str) -> Path:
     """Start and finish an empty training run; its directory."""
-    config, record = begin(prepare("train", [f"run.folder={folder}", *overrides]))
+    config, record, _ = begin(prepare("train", [f"run.folder={folder}", *overrides]))
     with record:
         pass
     return Path(config.run.dir)
@@ -76,14 +76,17 @@ def test_ranks_that_lightning_starts_join_the_first(tmp_path: Path, monkeypatch:
     assert Path(os.environ[DIRECTORY]) == path
     monkeypatch.setenv("LOCAL_RANK", "1")
     before = {p: p.read_bytes() for p in path.iterdir()}
-    config, record = begin(prepare("train", [f"run.folder={tmp_path}", "seed=9"]))
+    config, record, _ = begin(prepare("train", [f"run.folder={tmp_path}", "seed=9"]))
     with record:
         record.update(step=1)
     assert Path(config.run.dir) == path
     assert {p: p.read_bytes() for p in path.iterdir()} == before
     begin(prepare("train", [f"run.dir={path}"]))
     monkeypatch.delenv(DIRECTORY)
-    with pytest.raises(ConfigError, match="torchrun or SLURM"):
+    for name in ("TORCHELASTIC_RUN_ID", "SLURM_JOB_ID"):
+        monkeypatch.delenv(name, raising=False)
+    assert begin(prepare("train", [f"run.dir={path}"])).config.run.dir == str(path)
+    with pytest.raises(ConfigError, match="unless torchrun, srun"):
         begin(prepare("train", [f"run.folder={tmp_path}"]))
 
 

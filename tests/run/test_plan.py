@@ -201,7 +201,7 @@ def test_weights_gradients_and_states_are_those_of_real_tensors(line: list[str],
 
 
 def test_devices_and_accumulation_divide_the_batch() -> None:
-    line = ["model=sana_600m", "strategy=fsdp", "trainer.devices=4", "trainer.num_nodes=2", "model.accumulate=2"]
+    line = ["model=sana_600m", "strategy=fsdp", "trainer.devices=4", "trainer.num_nodes=2", "data.micro_batch=4"]
     plan = make_plan(compose("train", [*line, "data.batch_size=64"]))
     assert (plan.devices, plan.micro, plan.batch, plan.sharded) == (8, 4, 64, True)
     states = plan.weights + plan.gradients + plan.states

@@ -1,0 +1,220 @@
+"""Proof from outside that a killed run loses nothing: real processes, SIGKILL at random moments, bitwise comparison.
+
+    python scripts/kill_resume.py --kills 20 --strategy single
+    python scripts/kill_resume.py --kills 20 --strategy fsdp --workers 2
+
+A tiny recipe is trained once without interruption, and once more with the whole process group killed again and again,
+each time started with the same command (`resume=auto`). Kills are drawn after a step of the new start was seen, so that
+there is progress; every other one waits for a save to begin. The last line says how many kills there were, how many
+steps they cost, and whether parameters, moving average, optimizer states and the list of samples are equal bit for
+bit, or what differs first. Exit code 0 if equal, 1 if not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import TextIO
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+RECIPE = [
+    "data.count=192", "data.held=16", "data.batch_size=12", "data.validation=4", "data.cache_text=true",
+    "network.width=32", "network.depth=2", "block.cross.heads=1", "optimizer=came", "model.clip_norm=0.5",
+    "trainer.accelerator=cpu", "trainer.precision=32-true", "callback.samples=null", "callback.validation=null",
+    "callback.progress=null", "callback.records.every=1", "callback.bad_samples.every=1",
+    "+callback.sample_ids._target_=sana.callback.sample_ids.SampleIds",
+]  # fmt: skip
+PATIENCE = 600.0  # seconds for one step
+
+
+def main() -> int:
+    """Train, kill, compare; 0 if equal."""
+    options = parser().parse_args()
+    folder = Path(options.folder or tempfile.mkdtemp(prefix="kill_resume_"))
+    folder.mkdir(parents=True, exist_ok=True)
+    start = time.monotonic()
+    command = [
+        sys.executable, str(ROOT / "train.py"), *RECIPE, f"data.folder={folder / 'data'}", "resume=auto",
+        f"trainer.max_steps={options.steps}", f"callback.checkpoints.every={options.every}",
+        f"strategy={options.strategy}", f"trainer.devices={options.ranks if options.strategy != 'single' else 1}",
+        f"data.num_workers={options.workers}", *options.overrides,
+    ]  # fmt: skip
+    try:
+        with open(folder / "log.txt", "a", encoding="utf-8") as log:
+            say(start, "the run without interruption")
+            code = wait(launch([*command, f"run.dir={folder / 'straight'}"], log))
+            if code:
+                print(f"kill_resume: the run without interruption failed with exit code {code}; see {log.name}")
+                return 1
+            lost, kills = torment([*command, f"run.dir={folder / 'killed'}"], folder / "killed", options, log, start)
+        difference = compare(folder / "straight", folder / "killed", options.steps)
+        left = len(list((folder / "killed" / "checkpoints").glob("*.tmp")))
+        print(
+            f"kill_resume: strategy {options.strategy}, {options.workers} workers, {kills} kills, {sum(lost)} steps "
+            f"lost (at most {max(lost, default=0)} at once, a save every {options.every}), {left} temporary files "
+            f"left, {time.monotonic() - start:.0f} s: {difference or 'equal bit for bit'}"
+        )
+        return 1 if difference or left else 0
+    finally:
+        if not options.folder:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--kills", type=int, default=5, help="(%(default)s)")
+    made.add_argument("--strategy", default="single", help="single, ddp, fsdp or hsdp (%(default)s)")
+    made.add_argument("--ranks", type=int, default=2, help="processes of ddp and fsdp (%(default)s)")
+    made.add_argument("--workers", type=int, default=0, help="data workers per process (%(default)s)")
+    made.add_argument("--steps", type=int, default=60, help="updates of the run (%(default)s)")
+    made.add_argument("--every", type=int, default=5, help="updates between saves (%(default)s)")
+    made.add_argument("--seed", type=int, default=0, help="of the moments (%(default)s)")
+    made.add_argument("--folder", help="keep runs and log here")
+    made.add_argument("overrides", nargs="*", help="more settings of train.py")
+    return made
+
+
+def launch(command: list[str], log: TextIO) -> subprocess.Popen[bytes]:
+    """Start a run in a process group of its own."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, start_new_session=True, env=environment)
+
+
+def wait(process: subprocess.Popen[bytes]) -> int:
+    """Its exit code; the group goes with this process."""
+    try:
+        return process.wait()
+    except BaseException:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+
+
+def torment(
+    command: list[str], run: Path, options: argparse.Namespace, log: TextIO, start: float
+) -> tuple[list[int], int]:
+    """Kill and start again until the kills are used up, then let it end; steps lost by each, and kills."""
+    draw, lost = random.Random(options.seed), []
+    while len(lost) < options.kills:
+        before = saved_step(run)
+        process = launch(command, log)
+        seen = await_step(process, run, before)
+        if seen is None:
+            break  # it came to its end first
+        aimed = len(lost) % 2 == 1
+        deadline = time.monotonic() + draw.uniform(0.0, 1.5 * options.every * seen)
+        while time.monotonic() < deadline + (30.0 if aimed else 0.0) and process.poll() is None:
+            if aimed and list((run / "checkpoints").glob("*.tmp")):
+                time.sleep(draw.uniform(0.0, 0.15))
+                break
+            time.sleep(0.005)
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        if last_step(run) >= options.steps and saved_step(run) >= options.steps:
+            break
+        lost.append(max(last_step(run) - saved_step(run), 0))
+        say(
+            start,
+            f"kill {len(lost)}{' in a save' if aimed else ''} at update {last_step(run)}, saved {saved_step(run)}",
+        )
+    code = wait(launch(command, log)) if saved_step(run) < options.steps else 0
+    if code:
+        raise SystemExit(f"kill_resume: the resumed run failed with exit code {code}; see {log.name}")
+    return lost, len(lost)
+
+
+def await_step(process: subprocess.Popen[bytes], run: Path, before: int) -> float | None:
+    """Seconds per step, once a step after the checkpoint was seen; None if the run ended before."""
+    end, first = time.monotonic() + PATIENCE, None
+    known = modified(run)
+    while process.poll() is None:
+        if time.monotonic() > end:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise SystemExit(f"kill_resume: no step within {PATIENCE:.0f} s")
+        if modified(run) != known:
+            step = last_step(run)
+            if step > before:
+                if first is None:
+                    first = (step, time.monotonic())
+                elif step > first[0]:
+                    return (time.monotonic() - first[1]) / (step - first[0])
+        time.sleep(0.005)
+    return None
+
+
+def modified(run: Path) -> tuple[int, int]:
+    """When and to what size metrics.jsonl was last written."""
+    try:
+        facts = (run / "metrics.jsonl").stat()
+    except OSError:
+        return 0, 0
+    return facts.st_mtime_ns, facts.st_size
+
+
+def last_step(run: Path) -> int:
+    """Update of the last whole row of metrics."""
+    try:
+        lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return 0
+    for line in reversed(lines):
+        try:
+            return int(json.loads(line)["step"])
+        except (ValueError, KeyError):
+            continue
+    return 0
+
+
+def saved_step(run: Path) -> int:
+    """Update of the newest checkpoint."""
+    from sana.checkpoint.run_folder import list_checkpoints
+
+    found = list_checkpoints(run / "checkpoints")
+    return found[0][0] if found else 0
+
+
+def compare(one: Path, two: Path, step: int) -> str | None:
+    """The first difference of two runs at an update, None if all is equal."""
+    import torch
+
+    from sana.callback.sample_ids import read_ids
+    from sana.checkpoint.run_folder import place_of, read_state, verify
+    from sana.checkpoint.sharded import open_pieces
+
+    places = [place_of(run / "checkpoints", step) for run in (one, two)]
+    for place in places:
+        verify(place)
+    facts = [read_state(place) for place in places]
+    for key in ("updates", "samples_seen", "ema", "optimizer"):
+        if facts[0][key] != facts[1][key]:
+            return f"{key} differs: {facts[0][key]} and {facts[1][key]}"
+    left, right = (open_pieces(place, ("model", "ema", "optimizer")).tensors() for place in places)
+    if left.keys() != right.keys():
+        return f"names differ, such as {sorted(left.keys() ^ right.keys())[0]}"
+    for name in left:
+        if not torch.equal(left[name], right[name]):
+            worst = float((left[name].double() - right[name].double()).abs().max())
+            return f"{name} differs first, by up to {worst:.3g}"
+    ids = [read_ids(run) for run in (one, two)]
+    for a, b in zip(*ids, strict=False):
+        if a != b:
+            return f"samples differ first at update {a[0]}: {a[2][:3]} and {b[2][:3]}"
+    return None if len(ids[0]) == len(ids[1]) else f"{len(ids[0])} and {len(ids[1])} micro-batches were trained on"
+
+
+def say(start: float, what: str) -> None:
+    print(f"[{time.monotonic() - start:6.1f} s] {what}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
