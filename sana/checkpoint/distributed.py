@@ -1,4 +1,4 @@
-"""Tensors of a ``torch.distributed.checkpoint`` directory, as FSDP runs of other trainers write it; no process group is needed."""
+"""Tensors of a ``torch.distributed.checkpoint`` directory that another trainer wrote; no process group is needed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sana.checkpoint.error import CheckpointError
 from sana.checkpoint.tensors import Tensors
 
 PREFIXES = ("state_dict.network.", "state_dict.", "model.module.", "model.", "module.", "")
-"""What precedes the network's own names: in older runs of this project, in Lightning's, in those of accelerate, in a plain
+"""What precedes the network's own names: in older runs of this project, in those of Lightning and accelerate, in a plain
 state dict."""
 
 
