@@ -141,7 +141,7 @@ def _bytes(value: Any) -> int:
     if not isinstance(value, torch.Tensor):
         return 0
     if hasattr(value, "__tensor_flatten__"):
-        names, _ = value.__tensor_flatten__()
+        names, _ = value.__tensor_flatten__()  # type: ignore[attr-defined]
         return sum(_bytes(getattr(value, name)) for name in names)
     return value.numel() * value.element_size()
 

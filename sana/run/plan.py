@@ -207,7 +207,8 @@ def _step(factory: Callable[..., torch.optim.Optimizer], shape: tuple[int, ...],
 def _parts(tensor: torch.Tensor) -> list[torch.Tensor]:
     if not hasattr(tensor, "__tensor_flatten__"):
         return [tensor]
-    return [part for name in tensor.__tensor_flatten__()[0] for part in _parts(getattr(tensor, name))]
+    names, _ = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
+    return [part for name in names for part in _parts(getattr(tensor, name))]
 
 
 def text_parameters(node: DictConfig) -> int | None:

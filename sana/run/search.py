@@ -201,11 +201,13 @@ class Optuna(Search):
 def open_study(folder: Path, settings: Mapping[str, Any], seed: int = 0) -> Study:
     """The study of a sweep, made where it is not there yet."""
     import optuna
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import JournalFileBackend
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     path = folder / STORAGES[settings["storage"]]
     if settings["storage"] == "journal":
-        storage: Any = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(path)))
+        storage: Any = JournalStorage(JournalFileBackend(str(path)))
     else:
         storage = f"sqlite:///{path.resolve()}"
     pruner: Any = optuna.pruners.NopPruner()

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 def values_of(rows: Sequence[Mapping[str, Any]], metric: str | None) -> list[tuple[int, float]]:
     """(update, value) of every row of a metrics.jsonl that has a metric, the last value of each update."""
+    if metric is None:
+        return []
     found = {
         int(row["step"]): float(row[metric])
         for row in rows
