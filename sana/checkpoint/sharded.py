@@ -90,7 +90,7 @@ def box_of(tensor: Tensor) -> tuple[Tensor, torch.Size, torch.Size] | None:
     if place is None or any(p.is_replicate() and at for p, at in zip(tensor.placements, place, strict=True)):
         return None
     _, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
-    return tensor.detach().to_local(), torch.Size(offset), tensor.shape
+    return tensor.to_local().detach(), torch.Size(offset), tensor.shape
 
 
 class Staging:

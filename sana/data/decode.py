@@ -116,7 +116,8 @@ def _plain_jpeg(data: bytes, size: tuple[int, int] | None, max_pixels: int) -> n
         return None
     _check((facts.width, facts.height), max_pixels)
     turn = _turn(facts.exif)
-    pixels = jpeg.decode(data, facts, size[::-1] if size is not None and turn > 4 else size)
+    need = (size[1], size[0]) if size is not None and turn > 4 else size
+    pixels = jpeg.decode(data, facts, need)
     if pixels is None or turn == 1:
         return pixels
     return np.asarray(Image.fromarray(pixels).transpose(_TURN[turn]))

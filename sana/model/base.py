@@ -153,7 +153,7 @@ class Recipe(LightningModule):
         """
         self.frozen.to(self.device)
         data = getattr(self.trainer, "datamodule", None)
-        if hasattr(data, "accumulation"):
+        if data is not None and hasattr(data, "accumulation"):
             self.accumulate = data.accumulation(self.trainer.world_size)
         for name in self.optimisation:
             self.start_average(name)

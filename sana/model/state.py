@@ -69,11 +69,11 @@ def facts_of(recipe: Recipe) -> dict[str, Any]:
 def random_states(rank: int) -> dict[str, Tensor]:
     """States of this process's generators: the recipes' own randomness has none, but that of other code may."""
     _, numbers, gauss = random.getstate()
-    _, keys, position, has_gauss, cached = np.random.get_state()
+    _, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     states = {
         "torch": torch.get_rng_state(),
         "python": torch.tensor([*numbers, float("nan") if gauss is None else gauss], dtype=torch.float64),
-        "numpy": torch.tensor([*keys.tolist(), position, has_gauss, cached], dtype=torch.float64),
+        "numpy": torch.tensor([*np.asarray(keys).tolist(), position, has_gauss, cached], dtype=torch.float64),
     }
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state()
@@ -227,7 +227,7 @@ def _make_states(optimizer: Optimizer) -> None:
     for p in parameters:
         p.grad = torch.zeros_like(p)
     for group in optimizer.param_groups:
-        group["lr"] = 0.0
+        group["lr"] = group["lr"] * 0  # stays a tensor where it is one
     optimizer.step()
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
