@@ -51,14 +51,27 @@ class PowerScore:
         Raises:
             ValueError: there is no caption, or a score is negative or not a number.
         """
-        scores = _scores(captions)
-        for caption, score in zip(captions, scores, strict=True):
-            if score is not None and not score >= 0:
-                raise ValueError(f"the score of a caption is not negative, got {score} from {caption.source}")
-        candidates = [score if score is not None and score >= self.threshold else None for score in scores]
-        if all(score is None for score in candidates):
-            return _fallback(captions, scores)
-        return _softmax([None if s is None else _log(s) / self.temperature for s in candidates])
+        if not captions:
+            raise ValueError(_NONE)
+        best = -1.0
+        for caption in captions:  # one pass without lists: this is done for every sample of a training
+            score = caption.score
+            if score is not None:
+                if not score >= 0:
+                    raise ValueError(f"the score of a caption is not negative, got {score} from {caption.source}")
+                best = max(best, score)
+        if best < 0 or best < self.threshold:
+            return _fallback(captions, [caption.score for caption in captions])
+        power = 1 / self.temperature
+        weights = [
+            0.0 if caption.score is None or caption.score < self.threshold else (caption.score / (best or 1.0)) ** power
+            for caption in captions
+        ]
+        total = sum(weights)
+        if not total:  # the best score, and so each candidate's, is zero
+            weights = [float(caption.score is not None) for caption in captions]
+            total = sum(weights)
+        return [weight / total for weight in weights]
 
     def __call__(self, captions: Sequence[Caption], u: float) -> Caption:
         """The caption that u in [0, 1) selects; errors as in `probabilities`."""
@@ -130,6 +143,9 @@ class Proportion:
         return _pick(captions, self.probabilities(captions), u)
 
 
+_NONE = "a sample needs at least one caption to choose from, got none"
+
+
 def _check_temperature(temperature: float) -> None:
     if not temperature > 0:
         raise ValueError(f"the temperature of a caption choice is positive, got {temperature}")
@@ -137,7 +153,7 @@ def _check_temperature(temperature: float) -> None:
 
 def _scores(captions: Sequence[Caption]) -> list[float | None]:
     if not captions:
-        raise ValueError("a sample needs at least one caption to choose from, got none")
+        raise ValueError(_NONE)
     for caption in captions:
         if caption.score is not None and math.isnan(caption.score):
             raise ValueError(f"the score of the caption from {caption.source} is not a number")
@@ -154,10 +170,6 @@ def _fallback(captions: Sequence[Caption], scores: list[float | None]) -> list[f
     return [float(i == chosen) for i in range(len(captions))]
 
 
-def _log(score: float) -> float:
-    return math.log(score) if score > 0 else -math.inf
-
-
 def _softmax(logits: list[float | None]) -> list[float]:
     """Softmax over the logits that are not None; the others get 0. All -inf counts as equal."""
     highest = max(logit for logit in logits if logit is not None)
@@ -170,11 +182,12 @@ def _pick(captions: Sequence[Caption], probabilities: list[float], u: float) -> 
     """Inverse of the cumulative distribution at u; a caption of probability 0 is never picked."""
     if not 0 <= u < 1:
         raise ValueError(f"the uniform number of a caption choice is in [0, 1), got {u}")
-    possible = [(caption, p) for caption, p in zip(captions, probabilities, strict=True) if p > 0]
-    cumulative = 0.0
-    for caption, p in possible:
-        cumulative += p
-        if u < cumulative:
-            return caption
-    # Rounding left the sum just below 1.
-    return possible[-1][0]
+    cumulative, last = 0.0, None
+    for caption, p in zip(captions, probabilities, strict=True):
+        if p > 0:
+            cumulative += p
+            last = caption
+            if u < cumulative:
+                return caption
+    assert last is not None  # probabilities sum to 1; rounding left the sum just below it
+    return last
