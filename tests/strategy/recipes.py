@@ -187,7 +187,7 @@ def run(
     micro: int | None = None,
     poison: int | None = None,
     non_finite: str = "stop",
-    precision: str = "32-true",
+    precision: str = "64-true",
     every: int = 10**6,
 ) -> dict[str, Any]:
     """Train; rank 0 leaves ``result.pt`` in `out`: losses, and all values of the end, whole."""

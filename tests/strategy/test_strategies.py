@@ -1,4 +1,9 @@
-"""One, two, three and four processes, replicated, sharded and hybrid: the same losses, and each other's checkpoints."""
+"""One, two, three and four processes, replicated, sharded and hybrid: the same losses, and each other's checkpoints.
+
+The weights are float64: under CAME, whose first updates are large, float32 sums in another order alone (the same process
+with micro-batches) drift apart by 4e-4 in 50 updates at a rate of 1e-5, and by 6e-5 at 1e-6. What is compared here is
+what is computed, not how it is rounded: in float64 that drift is 5e-7 at 1e-4.
+"""
 
 from __future__ import annotations
 
@@ -77,8 +82,8 @@ def two(folder: Path, single: dict[str, Any]) -> dict[str, dict[str, Any]]:
         "low": {"strategy": "low", "steps": 4, "precision": "bf16-mixed"},
         "mixed": {"strategy": "ddp", "steps": 4, "precision": "bf16-mixed"},
         "from one": {"strategy": "fsdp", "steps": STEPS + 2, "resume": checkpoint},
-        "two optimizers, ddp": {"strategy": "ddp", "steps": 10, "kind": "adversarial"},
-        "two optimizers, fsdp": {"strategy": "fsdp", "steps": 10, "kind": "adversarial"},
+        "two optimizers, ddp": {"strategy": "ddp", "steps": 10, "kind": "adversarial", "precision": "32-true"},
+        "two optimizers, fsdp": {"strategy": "fsdp", "steps": 10, "kind": "adversarial", "precision": "32-true"},
         "poison": {"strategy": "ddp", "steps": 5, "poison": 31},
         "poison, fsdp": {"strategy": "fsdp", "steps": 5, "poison": 31},
         "poison skipped": {"strategy": "fsdp", "steps": 5, "poison": 31, "non_finite": "skip"},
@@ -140,7 +145,7 @@ def test_any_checkpoint_goes_into_any_number_of_processes(
 
 
 def test_two_optimizers_under_each(folder: Path, two: dict[str, dict[str, Any]]) -> None:
-    alone = run(str(folder / "alone"), "single", 10, "adversarial")
+    alone = run(str(folder / "alone"), "single", 10, "adversarial", precision="32-true")
     for name in ("two optimizers, ddp", "two optimizers, fsdp"):
         assert two[name]["updates"] == {"generator": 10, "discriminator": 10}
         close(two[name]["losses"], alone["losses"], 1e-5)
