@@ -1,6 +1,6 @@
 """One, two, three and four processes, replicated, sharded and hybrid: the same losses, and each other's checkpoints.
 
-The weights are float64: under CAME, whose first updates are large, float32 sums in another order alone (the same process
+The weights are float64: under CAME, whose first updates are large, float32 sums in another order alone (one process
 with micro-batches) drift apart by 4e-4 in 50 updates at a rate of 1e-5, and by 6e-5 at 1e-6. What is compared here is
 what is computed, not how it is rounded: in float64 that drift is 5e-7 at 1e-4.
 """
