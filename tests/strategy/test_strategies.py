@@ -79,11 +79,11 @@ def two(folder: Path, single: dict[str, Any]) -> dict[str, dict[str, Any]]:
         "fsdp again": {"strategy": "fsdp", "steps": STEPS, "resume": halfway(folder, 1, "fsdp")},
         "micro": {"strategy": "fsdp", "steps": 4, "micro": 2},
         "offload": {"strategy": "offload", "steps": 4},
-        "low": {"strategy": "low", "steps": 4, "precision": "bf16-mixed"},
-        "mixed": {"strategy": "ddp", "steps": 4, "precision": "bf16-mixed"},
+        "low": {"strategy": "low", "steps": 4, "precision": "bf16-mixed", "double": False},
+        "mixed": {"strategy": "ddp", "steps": 4, "precision": "bf16-mixed", "double": False},
         "from one": {"strategy": "fsdp", "steps": STEPS + 2, "resume": checkpoint},
-        "two optimizers, ddp": {"strategy": "ddp", "steps": 10, "kind": "adversarial", "precision": "32-true"},
-        "two optimizers, fsdp": {"strategy": "fsdp", "steps": 10, "kind": "adversarial", "precision": "32-true"},
+        "two optimizers, ddp": {"strategy": "ddp", "steps": 10, "kind": "adversarial"},
+        "two optimizers, fsdp": {"strategy": "fsdp", "steps": 10, "kind": "adversarial"},
         "poison": {"strategy": "ddp", "steps": 5, "poison": 31},
         "poison, fsdp": {"strategy": "fsdp", "steps": 5, "poison": 31},
         "poison skipped": {"strategy": "fsdp", "steps": 5, "poison": 31, "non_finite": "skip"},
@@ -145,7 +145,7 @@ def test_any_checkpoint_goes_into_any_number_of_processes(
 
 
 def test_two_optimizers_under_each(folder: Path, two: dict[str, dict[str, Any]]) -> None:
-    alone = run(str(folder / "alone"), "single", 10, "adversarial", precision="32-true")
+    alone = run(str(folder / "alone"), "single", 10, "adversarial")
     for name in ("two optimizers, ddp", "two optimizers, fsdp"):
         assert two[name]["updates"] == {"generator": 10, "discriminator": 10}
         close(two[name]["losses"], alone["losses"], 1e-5)
