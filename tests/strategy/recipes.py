@@ -188,7 +188,6 @@ def run(
     poison: int | None = None,
     non_finite: str = "stop",
     precision: str = "32-true",
-    double: bool = True,
     every: int = 10**6,
 ) -> dict[str, Any]:
     """Train; rank 0 leaves ``result.pt`` in `out`: losses, and all values of the end, whole."""
@@ -196,8 +195,6 @@ def run(
         os.environ["WORLD_SIZE"] = WORLD
     world = int(WORLD)
     recipe = image() if kind == "image" else Adversarial()
-    if double and isinstance(recipe, ImageModule):
-        recipe.network.double()
     recipe.resume = resume
     curve = Curve()
     trainer = Trainer(
