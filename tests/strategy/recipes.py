@@ -52,16 +52,21 @@ class Uniform:
 
 
 def image(lr: float = 1e-4) -> ImageModule:
-    """A SANA of odd widths under CAME, clipping, averaging and caption dropout."""
-    torch.manual_seed(3)
+    """A SANA of odd widths under CAME, clipping, averaging and caption dropout.
+
+    The seed is one of those (half of them) that leave no channel of a query or key negative for every token: the gradient
+    of such a row is rounding noise, which CAME, dividing each row by its own size, turns into full steps, so that sums in
+    another order lead elsewhere within three updates, under one strategy and another alike.
+    """
+    torch.manual_seed(6)
     block = partial(
         Block,
-        mixer=partial(LinearAttention, head_dim=6, qk_norm=True),
+        mixer=partial(LinearAttention, head_dim=17, qk_norm=True),
         cross=partial(CrossAttention, heads=2, qk_norm=True),
         ffn=MixFFN,
     )
     return ImageModule(
-        network=Sana(4, 18, 3, 24, [block], text_norm=1.0),
+        network=Sana(4, 34, 3, 24, [block], text_norm=1.0),
         autoencoder=nn.Identity(),
         text_encoder=Captions(),
         objective=flow_matching,

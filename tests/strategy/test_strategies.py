@@ -1,8 +1,4 @@
-"""One, two, three and four processes, replicated, sharded and hybrid: the same losses, and each other's checkpoints.
-
-Under CAME, whose first updates are large, float32 sums in another order alone (one process with micro-batches) drift
-apart by 4e-4 in 50 updates at a rate of 1e-5. So the first updates are compared closely and the rest loosely.
-"""
+"""One, two, three and four processes, replicated, sharded and hybrid: the same losses, and each other's checkpoints."""
 
 from __future__ import annotations
 
@@ -22,7 +18,7 @@ from sana.checkpoint.run_file import read_run_file
 from sana.checkpoint.run_folder import read_state
 
 HERE = Path(__file__).resolve().parent
-STEPS = int(os.environ.get("SANA_STRATEGY_STEPS", "50"))
+STEPS = 50
 HALF = STEPS // 2
 
 
@@ -94,11 +90,12 @@ def test_the_same_losses_under_every_strategy(single: dict[str, Any], two: dict[
     assert len(single["losses"]) == STEPS
     assert single["losses"][-1] != single["losses"][0]
     for name in ("ddp", "fsdp"):
-        close(two[name]["losses"][:2], single["losses"][:2], 1e-5)
-        close(two[name]["losses"], single["losses"], 5e-2)
+        close(two[name]["losses"], single["losses"], 1e-5)
         assert two[name]["samples_seen"] == single["samples_seen"]
+        for key, value in single["average"].items():
+            torch.testing.assert_close(two[name]["average"][key], value, rtol=0, atol=1e-4)
     for name in ("micro", "offload"):
-        close(two[name]["losses"][:2], single["losses"][:2], 1e-5)
+        close(two[name]["losses"], single["losses"][:4], 1e-5)
     close(two["low"]["losses"], two["mixed"]["losses"], 2e-2)
 
 
@@ -111,10 +108,10 @@ def test_a_resumed_run_is_the_straight_one_bit_for_bit(two: dict[str, dict[str, 
                 assert torch.equal(again[part][key], value), (name, part, key)
 
 
-def test_every_public_method_gathers_what_it_needs(two: dict[str, dict[str, Any]]) -> None:
+def test_every_public_method_gathers_what_it_needs(single: dict[str, Any], two: dict[str, dict[str, Any]]) -> None:
     for name in ("ddp", "fsdp"):
         for output in two[name]["outputs"]:
-            torch.testing.assert_close(output, two[name]["outputs"][0], rtol=0, atol=1e-4)
+            torch.testing.assert_close(output, single["outputs"][0], rtol=0, atol=1e-4)
 
 
 def test_any_checkpoint_goes_into_any_number_of_processes(
@@ -134,7 +131,7 @@ def test_any_checkpoint_goes_into_any_number_of_processes(
         assert torch.equal(three[0]["average"][key], value), key
     torch.testing.assert_close(three[0]["outputs"][0], two["fsdp"]["outputs"][0], rtol=0, atol=1e-6)
     close(three[1]["losses"], one["losses"], 1e-5)
-    close(two["from one"]["losses"], one["losses"], 1e-4)
+    close(two["from one"]["losses"], one["losses"], 1e-5)
     # ... and into one file, with no process group
     tensors, used, updates = read_run_file(place)
     assert (used, updates) == ("ema", STEPS)
@@ -159,7 +156,7 @@ def test_all_ranks_stop_or_skip_together(single: dict[str, Any], two: dict[str, 
         assert "first bad layer network.patch_embed" in error
         assert "by its input" in error
         assert "_rank1.pt" in error
-        close(two[name]["losses"][:2], single["losses"][:2], 1e-5)
+        close(two[name]["losses"], single["losses"][:2], 1e-5)
     skipped = two["poison skipped"]
     assert skipped["updates"] == {"network": 5}
     assert skipped["skipped"] == {"network": 1}
@@ -174,7 +171,7 @@ def test_hybrid_over_two_times_two(folder: Path, single: dict[str, Any]) -> None
          {"strategy": "hsdp", "steps": STEPS + 2,
           "resume": str(folder / "single" / "checkpoints" / f"step_{STEPS:08d}.ckpt")}],
     )  # fmt: skip
-    close(hybrid["losses"][:2], single["losses"][:2], 1e-5)
+    close(hybrid["losses"], single["losses"][:4], 1e-5)
     assert len(resumed["losses"]) == 2
     names = {p.name for p in (folder / "4_0_hsdp" / "checkpoints" / "step_00000004.ckpt").glob("model.*")}
     assert names == {"model.00000.safetensors", "model.00001.safetensors"}  # the first replica alone
