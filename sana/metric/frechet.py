@@ -19,6 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+FULL_RANK = 1e-10  # least ratio of Cholesky pivots; below it rounding noise would count as variance
+
 Features = Callable[[Tensor], Tensor]
 """uint8 images (n, h, w, 3) -> features (n, d)."""
 
@@ -122,23 +124,32 @@ def gaussian_distance(mean_a: Tensor, cov_a: Tensor, mean_b: Tensor, cov_b: Tens
 
 
 def matrix_root(covariance: Tensor) -> Tensor:
-    """R (d, k) with R R' = `covariance` (d, d) and k its numerical rank.
+    """R (d, k) with R R' = `covariance` (d, d) and k its numerical rank; the Cholesky factor where k = d.
 
     Directions without variance are left out: they add nothing to the trace but the square root of rounding noise.
     """
-    floor = len(covariance) * torch.finfo(torch.float64).eps
-    factor, failed = torch.linalg.cholesky_ex(covariance)
-    pivots = factor.diagonal().square()
-    if not failed and pivots.min() > floor * pivots.max():
+    factor = _cholesky(covariance)
+    if factor is not None:
         return factor
     values, vectors = torch.linalg.eigh(covariance)
-    kept = values > values[-1].clamp_min(0) * floor
+    kept = values > values[-1].clamp_min(0) * len(values) * torch.finfo(torch.float64).eps
     return vectors[:, kept] * values[kept].sqrt()
 
 
+def _cholesky(covariance: Tensor) -> Tensor | None:
+    factor, failed = torch.linalg.cholesky_ex(covariance)
+    pivots = factor.diagonal().square()
+    return factor if not failed and pivots.min() > FULL_RANK * pivots.max() else None
+
+
 def _distance(mean_a: Tensor, cov_a: Tensor, mean_b: Tensor, cov_b: Tensor, root_b: Tensor) -> float:
-    product = root_b.T @ cov_a @ root_b
-    trace = torch.linalg.eigvalsh((product + product.T) / 2).clamp_min(0).sqrt().sum()
+    if root_b.shape[1] == len(root_b) and _cholesky(cov_a) is not None:
+        product = root_b.T @ cov_a @ root_b
+        trace = torch.linalg.eigvalsh((product + product.T) / 2).clamp_min(0).sqrt().sum()
+    else:
+        # Null directions of the product would each add the square root of its rounding noise; the singular values of
+        # R_a' R_b are these square roots, without squaring first.
+        trace = torch.linalg.svdvals(matrix_root(cov_a).T @ root_b).sum()
     delta = mean_a - mean_b
     distance = delta @ delta + torch.trace(cov_a) + torch.trace(cov_b) - 2 * trace
     return max(float(distance), 0.0)

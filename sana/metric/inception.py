@@ -167,7 +167,12 @@ class Inception(nn.Module):
         self.Conv2d_4a_3x3 = Unit(80, 192, 3)
         self.Mixed_5b, self.Mixed_5c, self.Mixed_5d = _a(192, 32), _a(256, 64), _a(288, 64)
         self.Mixed_6a = _b(288)
-        self.Mixed_6b, self.Mixed_6c, self.Mixed_6d, self.Mixed_6e = _c(768, 128), _c(768, 160), _c(768, 160), _c(768, 192)
+        self.Mixed_6b, self.Mixed_6c, self.Mixed_6d, self.Mixed_6e = (
+            _c(768, 128),
+            _c(768, 160),
+            _c(768, 160),
+            _c(768, 192),
+        )
         self.Mixed_7a = _d(768)
         self.Mixed_7b, self.Mixed_7c = _e(1280, "average"), _e(2048, "max")
         self.eval().requires_grad_(False)

@@ -43,7 +43,9 @@ class Pictures(Sequence[NDArray[np.uint8]]):
             found = (p for p in self.place.rglob("*") if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
             self.items = [(p, 0, 0) for p in sorted(found) if p.name != "grid.png" and p.is_file()]
         if not self.items:
-            raise ValueError(f"reference: no images in {place}; expected {', '.join(SUFFIXES)} or .tar shards with such")
+            raise ValueError(
+                f"reference: no images in {place}; expected {', '.join(SUFFIXES)} or .tar shards with such"
+            )
         for path in dict.fromkeys(p for p, _, _ in self.items):
             about = path.stat()
             digest.update(f"{path.name} {path.parent} {about.st_size} {about.st_mtime_ns}\n".encode())

@@ -40,6 +40,12 @@ def world() -> int:
     return dist.get_world_size() if _shared() else 1
 
 
+def barrier() -> None:
+    """Wait until all processes that share the work are here."""
+    if _shared():
+        dist.barrier()
+
+
 def shared(count: int, piece: Callable[[int], Any]) -> list[Any]:
     """``[piece(0), ..., piece(count - 1)]`` on every process, each computed by one of them.
 

@@ -13,7 +13,9 @@ from rich.console import Console
 from sana.metric.features import SCENE_FEATURES, scene_features
 from sana.metric.frechet import Frechet
 from sana.metric.geneval_scenes import GenEvalScenes
-from sana.model.evaluate import draw_folder, evaluate, find_images, image_seed, score_folder
+from sana.model.evaluate import draw_folder, evaluate, image_seed
+from sana.model.found import find_images
+from sana.model.score import score_folder
 from sana.run.sidecar import read_sidecar
 
 SETTINGS = {
