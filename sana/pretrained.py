@@ -23,6 +23,7 @@ import torch
 
 HUB = "hf://"
 DIGITS = 16  # of a digest that is shown
+FOLDER_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]  # of a repository; not its other formats
 
 
 class MissingWeightsError(ValueError):
@@ -150,7 +151,7 @@ def _from_hub(given: str, known: Published, key: str) -> Path:
         raise MissingWeightsError(f"{key}={given}: write hf://organisation/repository or .../repository/file")
     try:
         if len(parts) == 2:
-            return Path(snapshot_download("/".join(parts)))
+            return Path(snapshot_download("/".join(parts), allow_patterns=FOLDER_FILES))
         return Path(hf_hub_download("/".join(parts[:2]), "/".join(parts[2:])))
     except (OSError, ValueError) as error:
         line = str(error).strip().splitlines()[0]

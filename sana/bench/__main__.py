@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from sana.bench import sample
+from sana.bench import frechet, sample
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -13,7 +13,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="bench.py", description="Measurements against other implementations.")
     commands = parser.add_subparsers(dest="command", required=True)
     sample.add_arguments(commands.add_parser("sample", help="drawing, against diffusers' SanaPipeline"))
-    return sample.run(parser.parse_args(arguments))
+    frechet.add_arguments(commands.add_parser("frechet", help="distance of statistics, against clean-fid, torchmetrics"))
+    given = parser.parse_args(arguments)
+    return {"sample": sample, "frechet": frechet}[given.command].run(given)
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ def score_folder(
         folder: see `find_images`.
         metrics: name -> metric. One with "tasks" in its answer gives the keys overall, tasks and (over the
             held-out images) held_out; any other gives a key of its name. Only metrics whose `scores_prompts` is True
-            are asked about held-out images; where none of them says so, images need no prompt.
+            are asked about held-out images; where none has that or `needs_prompts`, images need no prompt.
         lines: prompts of images made elsewhere.
         beside: path without suffix that verdicts (GenEval's own form) and journals are named after; None: they are
             ``verdicts.jsonl`` and ``scores`` in the folder.
@@ -64,7 +64,7 @@ def score_folder(
     folder = Path(folder)
     if not metrics:
         raise ValueError("metric: no metric was chosen; give such as metric=[fid]")
-    needed = any(getattr(m, "scores_prompts", False) for m in metrics.values())
+    needed = any(getattr(m, key, False) for m in metrics.values() for key in ("scores_prompts", "needs_prompts"))
     found = find_images(folder, lines, prompts=needed or lines is not None)
     results: dict[str, Any] = {"figures": {}, "files": {"images": str(folder.resolve())}}
     verdicts: list[dict[str, Any]] = []
