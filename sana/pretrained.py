@@ -97,8 +97,8 @@ def locate(given: str | None, known: Published, key: str) -> Located:
     expected = known.sha256 if path.name == known.file else promised[1] if promised else ""
     if not digest.startswith(expected):
         raise MissingWeightsError(
-            f"{key}={given}: its SHA-256 begins with {digest[:8]}, expected {expected}; the download is broken or it is "
-            f"another file; get it again from {known.source}"
+            f"{key}={given}: its SHA-256 begins with {digest[:8]}, expected {expected}; the download is broken or it "
+            f"is another file; get it again from {known.source}"
         )
     return Located(given, path, None, digest[:DIGITS])
 

@@ -13,7 +13,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="bench.py", description="Measurements against other implementations.")
     commands = parser.add_subparsers(dest="command", required=True)
     sample.add_arguments(commands.add_parser("sample", help="drawing, against diffusers' SanaPipeline"))
-    frechet.add_arguments(commands.add_parser("frechet", help="distance of statistics, against clean-fid, torchmetrics"))
+    frechet.add_arguments(commands.add_parser("frechet", help="of statistics, against clean-fid and torchmetrics"))
     given = parser.parse_args(arguments)
     return {"sample": sample, "frechet": frechet}[given.command].run(given)
 

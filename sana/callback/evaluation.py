@@ -95,7 +95,8 @@ class Evaluation(Callback):
                 with _network(recipe, which) as network, trainer.precision_plugin.forward_context():
                     painter = Painter(network, recipe.frozen.autoencoder, recipe.frozen.text_encoder, recipe.null_like)
                     images = self._draw(painter)
-                row |= {f"eval/{which}/{key}": value for key, value in from_first_rank(lambda: self._score(images)).items()}
+                numbers = from_first_rank(partial(self._score, images))
+                row |= {f"eval/{which}/{key}": value for key, value in numbers.items()}
         log_row(trainer, row)
 
     def _draw(self, painter: Painter) -> list[np.ndarray]:

@@ -4,7 +4,8 @@
 
 (Dowson and Landau 1982; Heusel et al. 2017, eq. 6). With any R R' = S_1 the last trace is the sum of the square roots
 of the eigenvalues of R' S_2 R, a symmetric matrix: stable, and an order of magnitude faster than the square root or
-the eigenvalues of the general product S_1 S_2. R is the Cholesky factor where S_1 has full rank. Covariances are unbiased (divided by N - 1), as in the reference implementations.
+the eigenvalues of the general product S_1 S_2. R is the Cholesky factor where S_1 has full rank.
+Covariances are unbiased (divided by N - 1), as in the reference implementations.
 
 A Frechet distance means nothing without its feature space: `Frechet` takes the features as an argument and
 names them in its result.

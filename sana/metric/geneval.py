@@ -88,8 +88,8 @@ class GenEval(GenEvalScenes):
         if not self.allow_zero and not any(row["correct"] for row in rows):
             blind = sum("(found nothing)" in row["reason"] for row in rows)
             raise ValueError(
-                f"geneval: none of {len(rows)} images is right, and in {blind} the detector found nothing; that is what "
-                "wrong weights or wrong files look like. Look at the images; metric.geneval.allow_zero=true accepts it"
+                f"geneval: none of {len(rows)} images is right, and in {blind} the detector found nothing; that is "
+                "what wrong weights or wrong files look like. Look at them; metric.geneval.allow_zero=true accepts it"
             )
         labels = list(range(len(rows))) if clusters is None else list(clusters)
         prompts: dict[Hashable, bool] = {}

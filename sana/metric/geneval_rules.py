@@ -1,4 +1,4 @@
-"""GenEval's rules (Ghosh et al. 2023; evaluation/evaluate_images.py of djghosh13/geneval): from detections to a verdict.
+"""GenEval's rules, from detections to a verdict (Ghosh et al. 2023; djghosh13/geneval, evaluation/evaluate_images.py).
 
 Detections and colours come from outside, so the rules are tested without any network. Where the paper and the
 published code differ the code is followed, as all published numbers come from it:

@@ -70,7 +70,7 @@ class FeatureSets:
             return self._real
         if self.reference is None or str(self.reference).endswith(".npz"):
             raise ValueError(
-                f"{self.name}: no real images; give reference=FOLDER or shards (a .npz of mean and covariance is not enough)"
+                f"{self.name}: no real images; give reference=FOLDER or shards (a .npz of statistics is not enough)"
             )
         if callable(self.reference):
             self._real = torch.cat([self.features(batch) for batch in self.reference()])

@@ -1,4 +1,4 @@
-"""The mean of a reward over images, with a bootstrap interval over prompts; what can be stopped goes on where it was."""
+"""The mean of a reward over images, with a bootstrap interval over prompts; it can be stopped and gone on with."""
 
 from __future__ import annotations
 

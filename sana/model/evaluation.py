@@ -59,7 +59,7 @@ def metrics_of(composed: Composed, restored: Restored | None = None) -> dict[str
     unused = {"reference": not comparing, "features": "${features}" not in str(composed.raw["metric"])}
     for key, idle in unused.items():
         if idle and config[key] is not None:
-            raise ConfigError(f"{key}: {config[key]} is used by none of {', '.join(metrics) or 'no metric'}; leave it out")
+            raise ConfigError(f"{key}: {config[key]} is used by none of {', '.join(metrics)}; leave it out")
     if not comparing:
         return metrics
     real: Any = config.reference

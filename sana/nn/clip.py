@@ -1,8 +1,8 @@
 """CLIP (Radford et al. 2021) by open_clip: unit embeddings of images and texts, for metrics and rewards.
 
 The architecture is one of open_clip's names, such as ``ViT-L-14-quickgelu`` (OpenAI's weights use the quick GELU; with
-a tag the right one is taken anyway) or ``ViT-H-14``, or a JSON file in open_clip's form. The weights are a tag of open_clip such as ``openai``, which the hub
-keeps, a path, ``hf://...`` or ``random:SEED``.
+a tag the right one is taken anyway) or ``ViT-H-14``, or a JSON file in open_clip's form. The weights
+are a tag of open_clip such as ``openai``, which the hub keeps, a path, ``hf://...`` or ``random:SEED``.
 """
 
 from __future__ import annotations
@@ -103,8 +103,8 @@ def _load(open_clip: Any, name: str, weights: str | None, key: str) -> tuple[Any
         except Exception as error:  # huggingface_hub, urllib and torch each raise their own
             line = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
             raise MissingWeightsError(
-                f"{key}={weights}: the weights of {name} could not be downloaded ({line}); fetch them on a machine with "
-                f"access and give {key}=PATH, or {key}=random:0 to try the path without them"
+                f"{key}={weights}: the weights of {name} could not be downloaded ({line}); fetch them on a machine "
+                f"with access and give {key}=PATH, or {key}=random:0 to try the path without them"
             ) from None
     known = Published(f"CLIP {name}", "a checkpoint of it", f"open_clip's tags: {', '.join(tags) or 'none'}")
     located: Located = locate(weights, known, key)

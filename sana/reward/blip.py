@@ -54,7 +54,7 @@ IMAGE_NAMES = (
 class Blip(nn.Module):
     """Image and text to one number: the first token of the text that has looked at the image, through a `Head`."""
 
-    def __init__(self, sizes: Sizes = Sizes()) -> None:  # noqa: B008 (frozen)
+    def __init__(self, sizes: Sizes = Sizes()) -> None:
         super().__init__()
         from transformers import BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
 

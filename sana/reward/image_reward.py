@@ -1,4 +1,4 @@
-"""ImageReward (Xu et al. 2023): how much people prefer an image for its prompt, in standard deviations from the mean."""
+"""ImageReward (Xu et al. 2023): how much people prefer an image for its prompt, in standard deviations."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class ImageReward:
             self.tokenizer: Any = AutoTokenizer.from_pretrained(tokenizer.removeprefix("hf://"))
         except (OSError, ValueError) as error:
             raise MissingWeightsError(
-                f"metric.image_reward.reward.tokenizer={tokenizer}: not to be had ({str(error).splitlines()[0][:120]}); "
+                f"metric.image_reward.reward.tokenizer={tokenizer}: not to be had ({str(error).splitlines()[0][:99]}); "
                 "give the folder of google-bert/bert-base-uncased's tokenizer"
             ) from None
         self.device, self.batch_size, self.side = place(device), batch_size, sizes.side

@@ -30,4 +30,4 @@ def paired(images: Sequence[Any], prompts: Sequence[str]) -> None:
         ValueError: they differ, or are empty.
     """
     if len(images) != len(prompts) or not len(images):
-        raise ValueError(f"reward: {len(images)} images and {len(prompts)} prompts; expected equally many, at least one")
+        raise ValueError(f"reward: {len(images)} images and {len(prompts)} prompts; expected equally many, not none")

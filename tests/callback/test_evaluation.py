@@ -21,7 +21,8 @@ SMALL = ["data.count=96", "data.held=32", "data.batch_size=8", "data.validation=
          "callback.samples=null", "callback.validation.bins=2", "trainer.precision=32-true", "trainer.max_steps=2",
          "sampler.steps=2"]  # fmt: skip
 MEASURED = ["callback=evaluated", "callback.evaluation.every=1", "callback.evaluation.per_task=1",
-            "callback.evaluation.batch_size=2", "callback.evaluation.metrics.fid_scenes.allow_small_n=true"]  # fmt: skip
+            "callback.evaluation.batch_size=2",
+            "callback.evaluation.metrics.fid_scenes.allow_small_n=true"]  # fmt: skip
 
 
 def train(folder: Path, name: str, *more: str) -> list[dict]:

@@ -9,7 +9,9 @@ import pytest
 
 from sana.metric.dpg import DPG, Question, crops, in_order, read_questions, score
 
-HEADER = "item_id,text,keywords,proposition_id,dependency,category_broad,category_detailed,tuple,question_natural_language"
+HEADER = (
+    "item_id,text,keywords,proposition_id,dependency,category_broad,category_detailed,tuple,question_natural_language"
+)
 
 
 def graph(**parents: tuple[int, ...]) -> dict[int, Question]:

@@ -62,7 +62,8 @@ class Colours:
 def gaussians(seed: int, n: int, d: int) -> tuple[torch.Tensor, torch.Tensor]:
     rng = np.random.default_rng(seed)
     mix = rng.normal(size=(2, d, d)) / d**0.5
-    return torch.as_tensor(rng.normal(size=(n, d)) @ mix[0] + 0.3), torch.as_tensor(rng.normal(size=(n + 5, d)) @ mix[1])
+    x, y = rng.normal(size=(n, d)) @ mix[0] + 0.3, rng.normal(size=(n + 5, d)) @ mix[1]
+    return torch.as_tensor(x), torch.as_tensor(y)
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -207,7 +208,7 @@ def test_inception_features_and_their_settings(tmp_path):
         with pytest.raises(ValueError, match=message):
             InceptionFeatures(*arguments)
     (tmp_path / "pt_inception-2015-12-05-6726825d.pth").write_bytes(b"broken")
-    with pytest.raises(MissingWeightsError, match="SHA-256 begins with .*expected 6726825d"):
+    with pytest.raises(MissingWeightsError, match=r"SHA-256 begins with .*expected 6726825d"):
         InceptionFeatures(str(tmp_path / "pt_inception-2015-12-05-6726825d.pth"))
 
 
@@ -274,7 +275,7 @@ def test_small_sets_are_refused(tmp_path):
     real = save(tmp_path / "real", pictures(4, 0))
     with pytest.raises(ValueError, match="5 images for 6 features"):
         FID(Colours(), real)(pictures(5, 1))
-    with pytest.raises(ValueError, match="4 images in .* for 6 features"):
+    with pytest.raises(ValueError, match=r"4 images in .* for 6 features"):
         FID(Colours(), real)(pictures(9, 1))
     assert FID(Colours(), real, allow_small_n=True, cache=tmp_path / "c")(pictures(5, 1))["n"] == 5
 
@@ -292,7 +293,8 @@ if world > 1:
     dist.init_process_group("gloo", init_method=f"file://{{store}}", rank=rank, world_size=world)
 images, features = pictures(53, 7), Colours()
 labels = [i // 2 for i in range(53)]
-figures = [FID(features, real, cache=cache, batch_size=4)(images, (), labels), KID(features, real, batch_size=4)(images)]
+fid, kid = FID(features, real, cache=cache, batch_size=4), KID(features, real, batch_size=4)
+figures = [fid(images, (), labels), kid(images)]
 print(json.dumps([[f["mean"].hex(), [v.hex() for v in f["interval"]]] for f in figures] + [features.seen]))
 """
 

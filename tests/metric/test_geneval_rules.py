@@ -1,4 +1,4 @@
-"""GenEval's rules on a table of synthetic detections: every task and every boundary, each with the rule it follows from.
+"""GenEval's rules on a table of synthetic detections: every task and every boundary, each with its rule.
 
 The rules are those of the published code, djghosh13/geneval, evaluation/evaluate_images.py; the third column of the
 table says where in it, and the expected answers were worked out by hand from there.
@@ -45,7 +45,8 @@ def single(name: str = "dog", count: int = 1) -> dict[str, Any]:
 
 
 def two(a: str = "dog", b: str = "cat") -> dict[str, Any]:
-    return {"tag": "two_object", "include": [{"class": a, "count": 1}, {"class": b, "count": 1}], "prompt": f"{a} and {b}"}
+    include = [{"class": a, "count": 1}, {"class": b, "count": 1}]
+    return {"tag": "two_object", "include": include, "prompt": f"{a} and {b}"}
 
 
 def counting(n: int) -> dict[str, Any]:
@@ -58,7 +59,8 @@ def counting(n: int) -> dict[str, Any]:
 
 
 def coloured(colour: str = "red", count: int = 1) -> dict[str, Any]:
-    return {"tag": "colors", "include": [{"class": "car", "count": count, "color": colour}], "prompt": f"a {colour} car"}
+    include = [{"class": "car", "count": count, "color": colour}]
+    return {"tag": "colors", "include": include, "prompt": f"a {colour} car"}
 
 
 def placed(relation: str) -> dict[str, Any]:
@@ -123,14 +125,16 @@ TABLE: list[Case] = [
     ("sixteen are kept of twenty", "at most",
      {"tag": "counting", "include": [{"class": "clock", "count": 16}], "exclude": [{"class": "clock", "count": 17}],
       "prompt": ""}, {"clock": many(20)}, {}, True),
-    ("seventeen can never be", "at most", {"tag": "counting", "include": [{"class": "clock", "count": 17}], "prompt": ""},
+    ("seventeen can never be", "at most",
+     {"tag": "counting", "include": [{"class": "clock", "count": 17}], "prompt": ""},
      {"clock": many(20)}, {}, False),
     # --- colors
     ("right colour", "colour", coloured(), {"car": many(1)}, {"car": ["red"]}, True),
     ("wrong colour", "colour", coloured(), {"car": many(1)}, {"car": ["blue"]}, False),
     ("no car to colour", "include", coloured(), {"bus": many(1)}, {"bus": ["red"]}, False),
     ("only the best car is asked", "colour", coloured(), {"car": many(2)}, {"car": ["blue", "red"]}, False),
-    ("the best one is red, the other is not asked", "colour", coloured(), {"car": many(2)}, {"car": ["red", "blue"]}, True),
+    ("the best one is red, the other is not asked", "colour", coloured(),
+     {"car": many(2)}, {"car": ["red", "blue"]}, True),
     ("two red of two", "colour", coloured(count=2), {"car": many(2)}, {"car": ["red", "red"]}, True),
     ("one red of two", "colour", coloured(count=2), {"car": many(2)}, {"car": ["red", "green"]}, False),
     ("car at the threshold", "threshold", coloured(), {"car": many(1, 0.3)}, {"car": ["red"]}, False),
@@ -169,10 +173,12 @@ TABLE: list[Case] = [
     ("the best cat is the anchor", "order", placed("left of"),
      {"cat": [at(0, 100, score=0.5), at(200, 100, score=0.9)], "dog": [at(100, 100)]}, {}, True),
     ("every pair has to hold", "position",
-     {"tag": "position", "include": [{"class": "cat", "count": 1}, {"class": "dog", "count": 2, "position": ["left of", 0]}],
+     {"tag": "position", "include": [{"class": "cat", "count": 1},
+                                     {"class": "dog", "count": 2, "position": ["left of", 0]}],
       "prompt": ""}, {"cat": [at(100, 0)], "dog": [at(0, 0), at(200, 0)]}, {}, False),
     ("every pair holds", "position",
-     {"tag": "position", "include": [{"class": "cat", "count": 2}, {"class": "dog", "count": 2, "position": ["left of", 0]}],
+     {"tag": "position", "include": [{"class": "cat", "count": 2},
+                                     {"class": "dog", "count": 2, "position": ["left of", 0]}],
       "prompt": ""}, {"cat": [at(100, 0), at(150, 0)], "dog": [at(0, 0), at(20, 0)]}, {}, True),
     ("an anchor of the wrong colour is none", "anchor",
      {"tag": "position", "include": [{"class": "cat", "count": 1, "color": "black"},
@@ -181,8 +187,10 @@ TABLE: list[Case] = [
     # --- color_attr
     ("both colours", "colour", attributes(), {"car": many(1), "bus": many(1)}, {"car": ["red"], "bus": ["blue"]}, True),
     ("swapped", "colour", attributes(), {"car": many(1), "bus": many(1)}, {"car": ["blue"], "bus": ["red"]}, False),
-    ("first wrong", "colour", attributes(), {"car": many(1), "bus": many(1)}, {"car": ["pink"], "bus": ["blue"]}, False),
-    ("second wrong", "colour", attributes(), {"car": many(1), "bus": many(1)}, {"car": ["red"], "bus": ["white"]}, False),
+    ("first wrong", "colour", attributes(), {"car": many(1), "bus": many(1)},
+     {"car": ["pink"], "bus": ["blue"]}, False),
+    ("second wrong", "colour", attributes(), {"car": many(1), "bus": many(1)},
+     {"car": ["red"], "bus": ["white"]}, False),
     ("bus missing", "include", attributes(), {"car": many(1)}, {"car": ["red"]}, False),
     ("same colour for both", "colour", attributes("red", "red"), {"car": many(1), "bus": many(1)},
      {"car": ["red"], "bus": ["red"]}, True),
@@ -233,7 +241,8 @@ def test_relations_by_the_published_formula_in_numpy(seed):
         offset = centres[0] - centres[1]
         revised = np.maximum(np.abs(offset) - 0.1 * dims.sum(0), 0) * np.sign(offset)
         x, y = revised / np.linalg.norm(offset)
-        expected = {n for n, t in (("left of", x < -0.5), ("right of", x > 0.5), ("above", y < -0.5), ("below", y > 0.5)) if t}
+        holds = (("left of", x < -0.5), ("right of", x > 0.5), ("above", y < -0.5), ("below", y > 0.5))
+        expected = {name for name, true in holds if true}
         if (np.abs(revised) < 1e-3).all():
             expected = set()
         got = relative_position(corners[0].ravel(), corners[1].ravel())

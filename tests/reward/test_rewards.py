@@ -1,4 +1,4 @@
-"""Rewards on small random networks, against the published formulas written out with open_clip, transformers and torch."""
+"""Rewards on small random networks, against the published formulas written out with the libraries and torch."""
 
 from __future__ import annotations
 
@@ -73,7 +73,11 @@ def test_weights_from_a_file(tiny, tmp_path):
     assert (Clip(tiny, "random:2").images(pictures()) != one.images(pictures())).any()
     assert ClipFeatures(tiny, "random:1")(pictures()).norm(dim=1).numpy() == pytest.approx(np.ones(3), rel=1e-5)
     torch.save({"x": torch.zeros(1)}, tmp_path / "w.pt")
-    for weights, message in ((str(tmp_path / "w.pt"), "not the weights of"), ("no.pt", "no such file"), (None, "needs")):
+    for weights, message in (
+        (str(tmp_path / "w.pt"), "not the weights of"),
+        ("no.pt", "no such file"),
+        (None, "needs"),
+    ):
         with pytest.raises(MissingWeightsError, match=message):
             Clip(tiny, weights)
     with pytest.raises(ValueError, match="no such architecture"):
@@ -87,7 +91,9 @@ def test_a_download_that_fails_is_named(monkeypatch):
         raise OSError("no network")
 
     monkeypatch.setattr(open_clip, "create_model", offline)
-    with pytest.raises(MissingWeightsError, match=r"weights of ViT-L-14-quickgelu could not be downloaded \(no network\)"):
+    with pytest.raises(
+        MissingWeightsError, match=r"weights of ViT-L-14-quickgelu could not be downloaded \(no network\)"
+    ):
         Clip("ViT-L-14-quickgelu", "openai")
 
 
@@ -133,7 +139,9 @@ def test_aesthetic_head(tiny, tmp_path):
         Aesthetic(None, tiny, "random:0")
 
 
-SIZES = Sizes(side=32, patch=16, vision_width=24, vision_depth=2, vision_heads=3, width=16, depth=2, heads=2, inner=32, words=40)
+SIZES = Sizes(
+    side=32, patch=16, vision_width=24, vision_depth=2, vision_heads=3, width=16, depth=2, heads=2, inner=32, words=40
+)
 
 
 def original(seed: int) -> dict[str, torch.Tensor]:
@@ -181,7 +189,9 @@ def original(seed: int) -> dict[str, torch.Tensor]:
     return state
 
 
-def reference(state: dict[str, torch.Tensor], pixels: torch.Tensor, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def reference(
+    state: dict[str, torch.Tensor], pixels: torch.Tensor, tokens: torch.Tensor, mask: torch.Tensor
+) -> torch.Tensor:
     """BLIP's forward pass in the original names, from the paper's description alone."""
 
     def lin(name, x):
@@ -199,7 +209,10 @@ def reference(state: dict[str, torch.Tensor], pixels: torch.Tensor, tokens: torc
 
     v, t = "blip.visual_encoder", "blip.text_encoder"
     x = F.conv2d(pixels, state[f"{v}.patch_embed.proj.weight"], state[f"{v}.patch_embed.proj.bias"], 16)
-    x = torch.cat([state[f"{v}.cls_token"].expand(len(x), -1, -1), x.flatten(2).transpose(1, 2)], 1) + state[f"{v}.pos_embed"]
+    x = (
+        torch.cat([state[f"{v}.cls_token"].expand(len(x), -1, -1), x.flatten(2).transpose(1, 2)], 1)
+        + state[f"{v}.pos_embed"]
+    )
     for i in range(2):
         b = f"{v}.blocks.{i}"
         x = x + lin(f"{b}.attn.proj", attend(*lin(f"{b}.attn.qkv", ln(f"{b}.norm1", x, 1e-6)).chunk(3, -1), 3))
@@ -230,7 +243,7 @@ def test_image_rewards_network_by_the_papers_formulas(seed):
     with torch.no_grad():
         assert net(pixels, tokens, mask).numpy() == pytest.approx(expected.numpy(), rel=1e-4, abs=1e-4)
     del state["blip.visual_encoder.norm.bias"]
-    with pytest.raises(MissingWeightsError, match="post_layernorm.bias and 0 more"):
+    with pytest.raises(MissingWeightsError, match=r"post_layernorm\.bias and 0 more"):
         Blip(SIZES).fill(state, "test")
 
 
@@ -239,7 +252,8 @@ def words(tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("words")
     from transformers import BertTokenizer
 
-    (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "car", "two"]))
+    known = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "car", "two"]
+    (folder / "vocab.txt").write_text("\n".join(known))
     BertTokenizer(vocab=str(folder / "vocab.txt")).save_pretrained(folder)
     return str(folder)
 
@@ -251,12 +265,12 @@ def test_image_reward_is_normalised(tmp_path, words):
     tokens = reward.tokenizer(PROMPTS, padding="max_length", truncation=True, max_length=35, return_tensors="pt")
     from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Normalize, Resize, ToTensor
 
-    transform = Compose([Resize(32, InterpolationMode.BICUBIC), CenterCrop(32), ToTensor(),
-                         Normalize((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))])  # fmt: skip
+    mean, std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+    transform = Compose([Resize(32, InterpolationMode.BICUBIC), CenterCrop(32), ToTensor(), Normalize(mean, std)])
     pixels = torch.stack([transform(Image.fromarray(p)) for p in pictures()])
     raw = reference(original(0), pixels, tokens.input_ids, tokens.attention_mask)
     assert scores.numpy() == pytest.approx(((raw - AVERAGE) / SPREAD).numpy(), rel=1e-4, abs=1e-4)
-    assert (AVERAGE, SPREAD) == pytest.approx((0.16717363, 1.03333945))
+    assert pytest.approx((0.16717363, 1.03333945)) == (AVERAGE, SPREAD)
     with pytest.raises(MissingWeightsError, match=r"tokenizer=.*nowhere: not to be had"):
         ImageReward("random:0", str(tmp_path / "nowhere"), sizes=SIZES)
 

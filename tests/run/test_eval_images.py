@@ -1,4 +1,4 @@
-"""``python eval.py images=...`` on folders made elsewhere: what it writes, and what it says when something is missing."""
+"""``python eval.py images=...`` on folders made elsewhere: what it writes, and what it says of what is missing."""
 
 from __future__ import annotations
 
@@ -79,7 +79,10 @@ def test_what_is_missing_is_named(call, tmp_path):
         (["metric=[geneval]", f"metadata={lines}"], ("mask2former-swin-small-coco-instance", "detector.weights=PATH")),
         (["metric=[geneval]", "metric.geneval.detector.weights=nowhere"], ("nowhere: no such file",)),
         (["metric=[geneval]", "per_task=3"], ("per_task=3: has no effect with images=",)),
-        (["metric=[clip_score]", f"metadata={lines}", "metric.clip_score.reward.weights=x.pt"], ("x.pt: no such file",)),
+        (
+            ["metric=[clip_score]", f"metadata={lines}", "metric.clip_score.reward.weights=x.pt"],
+            ("x.pt: no such file",),
+        ),
         (["metric=[psnr]", f"reference={real}", "features=random:0"], ("features: random:0 is used by none of psnr",)),
     ):
         code, text = call(f"images={images}", *arguments)
