@@ -135,8 +135,14 @@ class FID:
             )
         key = json.dumps([pictures.fingerprint, self.features.settings, self.parts, self.batch_size], sort_keys=True)
         path = self.cache / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.npz"
-        if path.exists():
-            return read_statistics(path, self.features.settings, self.features.dim), str(self.reference)
+
+        def cached(_: int) -> Statistics | None:
+            return read_statistics(path, self.features.settings, self.features.dim) if path.exists() else None
+
+        # One rank looks for all: machines may have caches of their own, and all have to go the same way.
+        known = shared(1, cached)[0]
+        if known is not None:
+            return known, str(self.reference)
         known = merged(part_statistics(pictures, self.features, None, self.parts, self.batch_size))
         if rank() == 0:
             write_statistics(path, known, {**self.features.settings, "images": str(pictures.place)})

@@ -397,3 +397,50 @@ def test_images_made_elsewhere_find_their_lines(tmp_path):
     image.save(flat / "y_1.png")
     found = find_images(flat, read_lines(tmp_path / "meta.json"))
     assert [(r["entry"], r["metadata"]["prompt"]) for _, r in found] == [("x", "an x"), ("y", "a y")]
+
+
+RANKS = """
+import sys
+import torch.distributed as dist
+sys.path[:0] = [{tests!r}]
+from test_evaluate import Artist, Counted, draw
+from sana.model.score import score_folder
+rank, folder, store = int(sys.argv[1]), *sys.argv[2:4]
+dist.init_process_group("gloo", init_method=f"file://{{store}}", rank=rank, world_size=2)
+artist, metric = Artist(), Counted()
+draw(folder, artist)
+overall = score_folder(folder, {{"geneval": metric}})["overall"]
+print(len(artist.calls), len(metric.seen), overall)
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_two_ranks_share_drawing_and_scoring(tmp_path):
+    import os
+    import subprocess
+    import sys
+    from pathlib import Path
+
+    script = tmp_path / "ranks.py"
+    script.write_text(RANKS.format(tests=str(Path(__file__).parent)))
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2]), "OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(script), str(r), str(tmp_path / "images"), str(tmp_path / "store")],
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+        for r in range(2)
+    ]
+    said = [p.communicate(timeout=240)[0].split() for p in processes]
+    draw(tmp_path / "calm", Artist())
+    overall = score_folder(tmp_path / "calm", {"geneval": Counted()})["overall"]
+    assert [int(drawn) for drawn, _, _ in said] == [16, 12], "batches of 4 in turn, none by both"
+    assert sum(int(seen) for _, seen, _ in said) == 28
+    assert {float(number) for _, _, number in said} == {overall}
+    drawn, calm = (
+        {k: v for k, v in pixels(tmp_path / name).items() if k.endswith(".png")} for name in ("images", "calm")
+    )
+    assert drawn == calm
