@@ -23,6 +23,9 @@ from sana.metric.frechet import Statistics, frechet_distance, jackknife_error, m
 from sana.metric.pictures import Pictures
 from sana.metric.ranks import rank, shared
 
+UNKNOWN = 10**9
+"""N of statistics whose file does not say it: they are trusted to be of enough images."""
+
 NORMAL_95 = 1.959963984540054
 """Half width of the normal 95 % interval in standard errors."""
 
@@ -101,13 +104,14 @@ class FID:
         whole = merged(parts)
         value = frechet_distance(whole, reference, allow_small_n=self.allow_small_n)
         spread = NORMAL_95 * jackknife_error(parts, reference)
+        reference_n = None if reference.n == UNKNOWN else reference.n
         return {
             "mean": value,
             "interval": [max(value - spread, 0.0), value + spread],
             "level": 0.95,
             "n": whole.n,
-            "reference_n": reference.n,
-            "settings": {**self.features.settings, "reference": source, "reference_n": reference.n},
+            "reference_n": reference_n,
+            "settings": {**self.features.settings, "reference": source, "reference_n": reference_n},
         }
 
     def real(self) -> tuple[Statistics, str]:
@@ -187,8 +191,8 @@ def write_statistics(path: str | Path, statistics: Statistics, settings: dict[st
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.npz")
-    content = {"mu": statistics.mean.numpy(), "sigma": statistics.covariance.numpy()}
-    np.savez(temporary, **content, n=statistics.n, settings=json.dumps(settings))
+    mean, sigma = statistics.mean.numpy(), statistics.covariance.numpy()
+    np.savez(temporary, mu=mean, sigma=sigma, n=statistics.n, settings=json.dumps(settings))
     os.replace(temporary, path)
 
 
@@ -218,7 +222,6 @@ def read_statistics(path: str | Path, settings: dict[str, Any], dim: int) -> Sta
         if key in made and made[key] != value:
             raise ValueError(f"reference: {path} was made with {key} = {made[key]!r}, now it is {value!r}")
     statistics = Statistics(dim)
-    # A file that does not say its N is trusted to be large enough.
-    statistics.n = int(content["n"]) if "n" in content else 10**9
+    statistics.n = int(content["n"]) if "n" in content else UNKNOWN
     statistics.mean, statistics.scatter = mean, sigma * (statistics.n - 1)
     return statistics

@@ -5,6 +5,8 @@ Two files make it: torchvision's VGG-16 of ImageNet and the paper's five linear 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -41,7 +43,7 @@ class LPIPS(nn.Module):
         body = locate(backbone, BACKBONE, "metric.lpips.measure.backbone")
         heads = locate(linear, LINEAR, "metric.lpips.measure.linear")
         with seeded(body.seed or 0):
-            self.layers = vgg16(weights=None).features
+            self.layers: Any = vgg16(weights=None).features
         with seeded(heads.seed or 0):
             weights = [torch.rand(1, w, 1, 1) for w in WIDTHS]
         if body.path is not None:
@@ -51,6 +53,8 @@ class LPIPS(nn.Module):
             state = torch.load(heads.path, map_location="cpu", weights_only=True)
             weights = [state[f"lin{i}.model.1.weight"] for i in range(len(WIDTHS))]
         self.weights = nn.ParameterList([nn.Parameter(w.view(1, -1, 1, 1)) for w in weights])
+        self.shift: Tensor
+        self.scale: Tensor
         self.register_buffer("shift", torch.tensor(SHIFT).view(3, 1, 1), persistent=False)
         self.register_buffer("scale", torch.tensor(SCALE).view(3, 1, 1), persistent=False)
         self.settings = {"lpips": "VGG-16, version 0.1", "backbone": body.said, "linear": heads.said}

@@ -49,7 +49,8 @@ class Mask2Former:
         if located.path is None:
             assert located.seed is not None
             with seeded(located.seed):
-                self.network: Any = Mask2FormerForUniversalSegmentation(Mask2FormerConfig(num_labels=len(CLASSES)))
+                config = Mask2FormerConfig(num_labels=len(CLASSES))  # type: ignore[call-arg]
+                self.network: Any = Mask2FormerForUniversalSegmentation(config)
         else:
             self.network = Mask2FormerForUniversalSegmentation.from_pretrained(located.path)
         labels = self.network.config.num_labels

@@ -54,24 +54,24 @@ def shared(count: int, piece: Callable[[int], Any]) -> list[Any]:
         piece: gives something that can be pickled. An error in one process is raised in all.
 
     Raises:
-        RuntimeError: another process failed; with its message.
+        ValueError, RuntimeError: another process failed, by a ValueError or otherwise; with its message.
     """
     if world() == 1:
         return [piece(i) for i in range(count)]
     mine: list[tuple[int, Any]] = []
-    trouble: str | None = None
+    kept: Exception | None = None
     try:
         mine = [(i, piece(i)) for i in range(rank(), count, world())]
     except Exception as error:
-        trouble = f"{type(error).__name__}: {error}"
         kept = error
+    trouble = None if kept is None else (isinstance(kept, ValueError), str(kept) or type(kept).__name__)
     everyone: list[Any] = [None] * world()
     dist.all_gather_object(everyone, (mine, trouble))
-    if trouble is not None:
+    if kept is not None:
         raise kept
     for r, (_, other) in enumerate(everyone):
         if other is not None:
-            raise RuntimeError(f"rank {r}: {other}")
+            raise (ValueError if other[0] else RuntimeError)(f"rank {r}: {other[1]}")
     pieces = {i: value for part, _ in everyone for i, value in part}
     return [pieces[i] for i in range(count)]
 

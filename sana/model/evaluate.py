@@ -26,7 +26,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from sana.metric.ranks import barrier, rank, world
 from sana.model.found import HELD_OUT, MAIN, MANIFEST, Lines
 from sana.model.score import Metric, score_folder
-from sana.run.environment import peak_rss_gib
+from sana.run.environment import describe_git, peak_rss_gib
 from sana.run.records import to_json, write_atomically
 from sana.run.report import make_report
 from sana.run.results import read_results, results_table, training_facts, write_results
@@ -197,7 +197,7 @@ def evaluate(
             training, and the report is made in it. None: the report is made in `folder`.
         output: the results file; the report, the verdicts and the journals of scoring then stand beside it under its
             name. None: ``results.json`` beside ``report.html``, verdicts and journals in `folder`.
-        commit: of the code that evaluates.
+        commit: of the code that evaluates; None: as the repository says.
         training: facts that are better known than from the records, such as {"steps": updates of the checkpoint}.
         drawing: arguments of `draw_folder` without `folder` and `console`. None: the folder is complete.
         lines: prompts of images made elsewhere; see `sana.model.found.find_images`.
@@ -219,18 +219,21 @@ def evaluate(
     if drawing is not None:
         draw_folder(folder, console=console, **drawing)
     clock = time.monotonic()
-    results = score_folder(folder, metrics, lines=lines, beside=beside, about=commit, console=console)
+    facts, changes = describe_git()
+    # Scores of other code are not taken over, be it committed or not.
+    code = [(facts or {}).get("commit"), hashlib.sha256(changes.encode()).hexdigest()[:16]]
+    results = score_folder(folder, metrics, lines=lines, beside=beside, about=code, console=console)
     parts["scoring"] = time.monotonic() - clock
     manifest = read_results(folder / MANIFEST) or {}
-    facts = ({} if run_dir is None else training_facts(run_dir)) | dict(training or {})
-    parts |= {"training": facts.get("seconds"), "drawing": manifest.get("seconds")}
+    trained = ({} if run_dir is None else training_facts(run_dir)) | dict(training or {})
+    parts |= {"training": trained.get("seconds"), "drawing": manifest.get("seconds")}
     results["settings"] = manifest.get("settings", {}) | results["settings"]
     results |= {
-        "steps": facts.get("steps"),
+        "steps": trained.get("steps"),
         "seconds": sum(s for s in parts.values() if s is not None),
         "seconds_by_part": parts,
-        "peak_rss_gib": max(facts.get("peak_rss_gib") or 0.0, peak_rss_gib()),
-        "commit": commit,
+        "peak_rss_gib": max(trained.get("peak_rss_gib") or 0.0, peak_rss_gib()),
+        "commit": commit or code[0],
     }
     results["files"] |= {"results": str(output.resolve()), "report": str(report.resolve())}
     if rank() == 0:

@@ -78,7 +78,8 @@ class ImageReward:
         """Shorter side to the network's by PIL's bicubic filter, centre crop, CLIP's normalisation."""
         h, w = image.shape[:2]
         scale = self.side / min(h, w)
-        size = tuple(self.side if side == min(h, w) else int(side * scale) for side in (w, h))
+        across, down = (self.side if side == min(h, w) else int(side * scale) for side in (w, h))
+        size = (across, down)
         picture = Image.fromarray(image).resize(size, Image.Resampling.BICUBIC)
         left, top = round((size[0] - self.side) / 2), round((size[1] - self.side) / 2)
         x = torch.from_numpy(np.array(picture.crop((left, top, left + self.side, top + self.side))))

@@ -38,7 +38,8 @@ class PickScore:
         from transformers import AutoProcessor, CLIPModel
 
         self.device, self.batch_size = place(device), batch_size
-        self.network: Any = CLIPModel.from_pretrained(located.path).to(self.device).float().eval().requires_grad_(False)
+        network: Any = CLIPModel.from_pretrained(located.path)
+        self.network = network.to(self.device).float().eval().requires_grad_(False)
         self.processor: Any = AutoProcessor.from_pretrained(located.path)
         self.settings: dict[str, Any] = {"reward": "PickScore", "weights": located.said}
 
