@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from sana.bench import optimizer, sample, saving
+from sana.bench import frechet, optimizer, sample, saving
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -15,8 +15,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sample.add_arguments(commands.add_parser("sample", help="drawing, against diffusers' SanaPipeline"))
     optimizer.add_arguments(commands.add_parser("optimizer", help="step time and state bytes of optimizers"))
     saving.add_arguments(commands.add_parser("saving", help="what a checkpoint costs the training that goes on"))
+    frechet.add_arguments(commands.add_parser("frechet", help="of statistics, against clean-fid and torchmetrics"))
     given = parser.parse_args(arguments)
-    return {"sample": sample, "optimizer": optimizer, "saving": saving}[given.command].run(given)
+    return {"sample": sample, "optimizer": optimizer, "saving": saving, "frechet": frechet}[given.command].run(given)
 
 
 if __name__ == "__main__":

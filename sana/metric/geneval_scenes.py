@@ -142,13 +142,22 @@ class GenEvalScenes:
         self.resamples = resamples
         self.seed = seed
 
+    def measure(self, images: Sequence[Any], metadata: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """The verdict of each image as a plain dict, which is all that `summary` needs: it can be kept in a file and
+        scoring gone on with later."""
+        return [asdict(v) for v in judge(images, metadata, self.score)]
+
+    def summary(self, rows: Sequence[Mapping[str, Any]], clusters: Sequence[Hashable] | None = None) -> dict[str, Any]:
+        """`summarise` of the verdicts that `measure` gave, and the verdicts themselves as "verdicts"."""
+        verdicts = [Verdict(i, r["task"], r["prompt"], r["correct"], r["reason"]) for i, r in enumerate(rows)]
+        numbers = summarise(verdicts, clusters, level=self.level, resamples=self.resamples, seed=self.seed)
+        return numbers | {"verdicts": [asdict(v) for v in verdicts]}
+
     def __call__(
         self,
         images: Sequence[Any],
         metadata: Sequence[Mapping[str, Any]],
         clusters: Sequence[Hashable] | None = None,
     ) -> dict[str, Any]:
-        """`summarise` of `judge`, and the verdicts themselves as "verdicts": a list of plain dicts."""
-        verdicts = judge(images, metadata, self.score)
-        summary = summarise(verdicts, clusters, level=self.level, resamples=self.resamples, seed=self.seed)
-        return summary | {"verdicts": [asdict(v) for v in verdicts]}
+        """`summary` of `measure`."""
+        return self.summary(self.measure(images, metadata), clusters)

@@ -4,7 +4,7 @@ Drawing and scoring meet only in the folder, so either can be done elsewhere. Th
 (`<split>/00012/samples/00000.png` and `<split>/00012/metadata.jsonl`, one number per prompt) with a JSON
 sidecar beside each image. Drawing resumes: an image that is there is kept, image n of a prompt always has the
 same seed, and batches are cut the same way every time, so an interrupted evaluation ends with the pixels of
-one that was not.
+one that was not. Several ranks share the batches.
 """
 
 from __future__ import annotations
@@ -16,34 +16,24 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from sana.run.environment import peak_rss_gib
+from sana.metric.ranks import barrier, rank, world
+from sana.model.found import HELD_OUT, MAIN, MANIFEST, Lines
+from sana.model.score import Metric, score_folder
+from sana.run.environment import describe_git, peak_rss_gib
 from sana.run.records import to_json, write_atomically
 from sana.run.report import make_report
 from sana.run.results import read_results, results_table, training_facts, write_results
-from sana.run.sidecar import REQUIRED, read_image, read_sidecar, save_image
+from sana.run.sidecar import REQUIRED, read_sidecar, save_image
 
 ImagesFn = Callable[[list[str], list[int]], NDArray[np.uint8]]
 """Prompts and seeds (n each) -> uint8 images (n, H, W, 3)."""
-
-MAIN, HELD_OUT = "prompts", "held_out"
-MANIFEST = "drawing.json"
-
-
-class Metric(Protocol):
-    """Scores images; `clusters` says which prompt of the list each image belongs to."""
-
-    def __call__(
-        self, images: Sequence[Any], metadata: Sequence[Mapping[str, Any]], clusters: Sequence[Any], /
-    ) -> dict[str, Any]:
-        """Either GenEval's form (overall, tasks, verdicts) or one figure (mean, interval, n, ...)."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -115,8 +105,11 @@ def draw_folder(
     columns = (TextColumn("drawing"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=console is None) as progress:
         task = progress.add_task("drawing", total=len(jobs))
-        for start in range(0, len(jobs), batch_size):
+        for number, start in enumerate(range(0, len(jobs), batch_size)):
             batch = jobs[start : start + batch_size]
+            if number % world() != rank():
+                progress.update(task, advance=len(batch))
+                continue
             wanted = [i for i, job in enumerate(batch) if read_sidecar(job.path) is None or not job.path.exists()]
             if wanted:
                 # The whole batch is drawn even where a part of it exists: rounding depends on the batch.
@@ -127,8 +120,10 @@ def draw_folder(
                 for i in wanted:
                     _save(batch[i], images[i], settings)
                 manifest["seconds"] += time.monotonic() - clock
-                write_atomically(folder / MANIFEST, to_json(manifest, indent=2) + "\n")
+                if rank() == 0:
+                    write_atomically(folder / MANIFEST, to_json(manifest, indent=2) + "\n")
             progress.update(task, advance=len(batch))
+    barrier()
     return float(manifest["seconds"])
 
 
@@ -154,12 +149,14 @@ def _open_manifest(folder: Path, jobs: Sequence[Job], settings: Mapping[str, Any
         "settings": json.loads(to_json(settings)),
     }
     known = read_results(folder / MANIFEST)
+    barrier()  # all ranks have looked before the first writes
     if known is None:
         if any(folder.glob("**/*.png")):
             raise ValueError(f"evaluate: {folder} holds images of unknown origin; give an empty folder to draw into")
         folder.mkdir(parents=True, exist_ok=True)
         known = {**wanted, "seconds": 0.0}
-        write_atomically(folder / MANIFEST, to_json(known, indent=2) + "\n")
+        if rank() == 0:
+            write_atomically(folder / MANIFEST, to_json(known, indent=2) + "\n")
     before, now = ({k: v for k, v in {**d, **d["settings"]}.items() if k != "settings"} for d in (known, wanted))
     differing = [k for k in now if k not in ("commit", "seconds") and before.get(k) != now[k]]
     if differing:
@@ -179,135 +176,6 @@ def _save(job: Job, image: NDArray[np.uint8], settings: Mapping[str, Any]) -> No
     save_image(job.path, image, {"prompt": job.line["prompt"], "seed": job.seed, **settings, **place})
 
 
-class Images(Sequence[NDArray[np.uint8]]):
-    """Images of a folder, read when asked for and checked against their sidecars; a slice is a list."""
-
-    def __init__(self, paths: Sequence[Path], records: Sequence[Mapping[str, Any]]) -> None:
-        self.paths, self.records = paths, records
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, i: Any) -> Any:
-        """Image i as uint8 (H, W, 3), or the list of those of a slice."""
-        if isinstance(i, slice):
-            return [self[k] for k in range(*i.indices(len(self)))]
-        return read_image(self.paths[i], self.records[i])
-
-
-def find_images(folder: str | Path) -> list[tuple[Path, dict[str, Any]]]:
-    """PNGs of a folder with what is known of each, ordered by path.
-
-    What is known is the sidecar, or else GenEval's ``metadata.jsonl`` in the image's folder or the one above;
-    the record always has "metadata", "split" and "entry". Pictures named ``grid.png`` are left out, as
-    GenEval has them.
-
-    Raises:
-        ValueError: no images, an image about which nothing is known, or a drawing that is not finished.
-    """
-    folder = Path(folder)
-    found = []
-    for path in sorted(p for p in folder.rglob("*.png") if p.name != "grid.png" and not p.name.startswith(".")):
-        record = read_sidecar(path) or {}
-        if "metadata" not in record:
-            above = [p / "metadata.jsonl" for p in (path.parent, path.parent.parent)]
-            line = next((m for m in map(read_results, above) if m is not None), None)
-            if line is None:
-                raise ValueError(f"evaluate: {path} has neither a sidecar with metadata nor a metadata.jsonl")
-            record["metadata"] = line
-        home = path.parent.parent if path.parent.name == "samples" else path.parent
-        record.setdefault("split", MAIN)
-        record.setdefault("entry", str(home.relative_to(folder)) if home != folder else path.stem)
-        found.append((path, record))
-    if not found:
-        raise ValueError(f"evaluate: no PNG images in {folder}")
-    manifest = read_results(folder / MANIFEST)
-    if manifest is not None and manifest["images"] != len(found):
-        raise ValueError(
-            f"evaluate: {folder} holds {len(found)} of {manifest['images']} images; run the drawing again to finish it"
-        )
-    return found
-
-
-def score_folder(folder: str | Path, metrics: Mapping[str, Metric]) -> dict[str, Any]:
-    """Score a folder of images, drawn here or elsewhere.
-
-    Args:
-        folder: see `find_images`; ``verdicts.jsonl`` is written into it, in GenEval's own form.
-        metrics: name -> metric. One with "tasks" in its answer gives the keys overall, tasks and (over the
-            held-out images) held_out; any other gives a key of its name. Only the first kind looks at
-            held-out images.
-
-    Returns:
-        ``{"overall", "tasks", "held_out", <name>..., "figures", "settings", "files"}``: see
-        `sana.run.results`. Settings are those that all sidecars share; one that differs between images lists
-        its values.
-
-    Raises:
-        ValueError: see `find_images`.
-    """
-    folder = Path(folder)
-    found = find_images(folder)
-    results: dict[str, Any] = {"figures": {}, "files": {"images": str(folder.resolve())}}
-    verdicts: list[dict[str, Any]] = []
-    splits = {s: [(p, r) for p, r in found if (r["split"] == HELD_OUT) == (s == HELD_OUT)] for s in (MAIN, HELD_OUT)}
-    for split, pairs in splits.items():
-        if not pairs:
-            continue
-        paths, records = [p for p, _ in pairs], [r for _, r in pairs]
-        lines = [r["metadata"] for r in records]
-        clusters = [r["entry"] for r in records]
-        for name, metric in metrics.items():
-            if split == HELD_OUT and not getattr(metric, "scores_prompts", False):
-                continue
-            answer = metric(Images(paths, records), lines, clusters)
-            for verdict in answer.pop("verdicts", ()):
-                path, record = pairs[verdict["index"]]
-                verdicts.append(_verdict_line(path.relative_to(folder), record, verdict))
-            _take(results, name, split, answer)
-    if verdicts:
-        path = folder / "verdicts.jsonl"
-        write_atomically(path, "".join(to_json(v) + "\n" for v in verdicts))
-        results["files"]["verdicts"] = str(path.resolve())
-    results["settings"] = _shared_settings([r for _, r in found]) | {"n": len(splits[MAIN])}
-    return results
-
-
-def _take(results: dict[str, Any], name: str, split: str, answer: dict[str, Any]) -> None:
-    if split == HELD_OUT:
-        results["held_out"] = answer["overall"]["mean"]
-        results["figures"]["held_out"] = answer
-    elif "tasks" in answer:
-        results["overall"] = answer["overall"]["mean"]
-        results["tasks"] = {task: figure["mean"] for task, figure in answer["tasks"].items()}
-        results["figures"] |= answer
-    else:
-        results[name] = answer["mean"]
-        results["figures"][name] = answer
-
-
-def _verdict_line(path: Path, record: Mapping[str, Any], verdict: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        "filename": str(path),
-        "tag": verdict["task"],
-        "prompt": verdict["prompt"],
-        "correct": verdict["correct"],
-        "reason": verdict["reason"],
-        "metadata": record["metadata"],
-        "split": record["split"],
-        "seed": record.get("seed"),
-    }
-
-
-def _shared_settings(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    own = {"prompt", "seed", "pixels", "split", "entry", "sample", "metadata"}
-    settings: dict[str, Any] = {}
-    for key in sorted({k for r in records for k in r} - own):
-        values = {to_json(r.get(key)): r.get(key) for r in records}
-        settings[key] = next(iter(values.values())) if len(values) == 1 else [values[k] for k in sorted(values)]
-    return settings
-
-
 def evaluate(
     folder: str | Path,
     metrics: Mapping[str, Metric],
@@ -317,6 +185,7 @@ def evaluate(
     commit: str | None = None,
     training: Mapping[str, Any] | None = None,
     drawing: Mapping[str, Any] | None = None,
+    lines: Lines | None = None,
     console: Console | None = None,
 ) -> dict[str, Any]:
     """Draw (unless done elsewhere), score, and write results.json and the report.
@@ -326,10 +195,12 @@ def evaluate(
         metrics: see `score_folder`.
         run_dir: of the run whose checkpoint drew the images; its records give steps, seconds and memory of
             training, and the report is made in it. None: the report is made in `folder`.
-        output: the results file. None: ``results.json`` beside the report.
-        commit: of the code that evaluates.
+        output: the results file; the report, the verdicts and the journals of scoring then stand beside it under its
+            name. None: ``results.json`` beside ``report.html``, verdicts and journals in `folder`.
+        commit: of the code that evaluates; None: as the repository says.
         training: facts that are better known than from the records, such as {"steps": updates of the checkpoint}.
         drawing: arguments of `draw_folder` without `folder` and `console`. None: the folder is complete.
+        lines: prompts of images made elsewhere; see `sana.model.found.find_images`.
         console: for progress and the table; None for silence.
 
     Returns:
@@ -340,27 +211,34 @@ def evaluate(
     """
     folder = Path(folder)
     home = folder if run_dir is None else Path(run_dir)
-    output = home / "results.json" if output is None else Path(output)
+    named = None if output is None else Path(output)
+    report = home / "report.html" if named is None else named.with_suffix(".html")
+    beside = None if named is None else named.with_suffix("")
+    output = home / "results.json" if named is None else named
     parts: dict[str, float | None] = {}
     if drawing is not None:
         draw_folder(folder, console=console, **drawing)
     clock = time.monotonic()
-    results = score_folder(folder, metrics)
+    facts, changes = describe_git()
+    # Scores of other code are not taken over, be it committed or not.
+    code = [(facts or {}).get("commit"), hashlib.sha256(changes.encode()).hexdigest()[:16]]
+    results = score_folder(folder, metrics, lines=lines, beside=beside, about=code, console=console)
     parts["scoring"] = time.monotonic() - clock
     manifest = read_results(folder / MANIFEST) or {}
-    facts = ({} if run_dir is None else training_facts(run_dir)) | dict(training or {})
-    parts |= {"training": facts.get("seconds"), "drawing": manifest.get("seconds")}
+    trained = ({} if run_dir is None else training_facts(run_dir)) | dict(training or {})
+    parts |= {"training": trained.get("seconds"), "drawing": manifest.get("seconds")}
     results["settings"] = manifest.get("settings", {}) | results["settings"]
     results |= {
-        "steps": facts.get("steps"),
+        "steps": trained.get("steps"),
         "seconds": sum(s for s in parts.values() if s is not None),
         "seconds_by_part": parts,
-        "peak_rss_gib": max(facts.get("peak_rss_gib") or 0.0, peak_rss_gib()),
-        "commit": commit,
+        "peak_rss_gib": max(trained.get("peak_rss_gib") or 0.0, peak_rss_gib()),
+        "commit": commit or code[0],
     }
-    results["files"] |= {"results": str(output.resolve()), "report": str((home / "report.html").resolve())}
-    write_results(output, results)
-    make_report(home, results)
+    results["files"] |= {"results": str(output.resolve()), "report": str(report.resolve())}
+    if rank() == 0:
+        write_results(output, results)
+        make_report(home, results, report)
     if console is not None:
         console.print(results_table(results))
     return results

@@ -44,7 +44,9 @@ python sample.py ckpt=... prompt=prompts.txt n=4 out=pictures grid=true      (st
 python sample.py ckpt=... prompt="..." width=1920 height=1080 sampler=flow_euler sampler.pag_scale=2""",
     "eval": """\
 python eval.py ckpt=runs/tiny/2026-01-31_12-00-00_0
-python eval.py ckpt=... metric=[geneval_scenes,fid] sampler.steps=10""",
+python eval.py ckpt=... metric=[geneval_scenes,fid_scenes] sampler.steps=10
+python eval.py images=pictures metadata=evaluation_metadata.jsonl metric=[geneval] metric.geneval.detector.weights=PATH
+python eval.py images=pictures reference=photographs features=PATH metric=[fid,kid] output=fid.json""",
 }
 
 

@@ -35,12 +35,13 @@ FACT_FILES = {
 }
 
 
-def make_report(run_dir: str | Path, results: Mapping[str, Any] | None = None) -> Path:
+def make_report(run_dir: str | Path, results: Mapping[str, Any] | None = None, path: str | Path | None = None) -> Path:
     """Write ``report.html`` into a run's directory.
 
     Args:
         run_dir: the directory; any of its records may be missing.
         results: as `sana.model.evaluate.evaluate` gives them. None: those of results.json if there is one.
+        path: of the page, where it is not to be in the directory.
 
     Returns:
         The path of the page.
@@ -64,7 +65,8 @@ def make_report(run_dir: str | Path, results: Mapping[str, Any] | None = None) -
     html = page(
         f"{name} · SANA Lab", _header(run, name), clip_path() + _verdict(run, results, figures), sections, footer
     )
-    path = run.path / "report.html"
+    path = run.path / "report.html" if path is None else Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     replace_bytes(path, html.encode())
     return path
 

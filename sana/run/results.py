@@ -1,10 +1,10 @@
 """results.json: the numbers of one evaluation, with everything they depend on, and a table of them for the
 console.
 
-Keys of the file: `overall`, `tasks` {task: number}, `held_out` and one number per further metric
-(`fid_scenes`) for programs that want a number; `figures`, the same with interval and n; `settings`, what the
-numbers depend on; `steps`, `seconds` and `peak_rss_gib` of training and evaluation together; `commit`;
-`files`, where images and verdicts lie.
+Keys of the file: `metric`, `value`, `interval` and `n` of the metric that was asked for first; `overall`, `tasks`
+{task: number}, `held_out` and one number per further metric (`fid_scenes`) for programs that want a number; `figures`,
+the same with interval, n and settings of each; `settings`, what the first number and the images depend on; `steps`,
+`seconds` and `peak_rss_gib` of training and evaluation together; `commit`; `files`, where images and verdicts lie.
 """
 
 from __future__ import annotations

@@ -23,6 +23,8 @@ from sana.run.records import is_first_rank
 from sana.run.runs import Found, find_checkpoint, find_weights, read_overrides
 from sana.run.schema import check
 
+OF_SCORING = ("images", "metadata", "reference", "features", "allow_small_n", "output", "device", "metric")
+
 # Places that have to be there before the run, unless they are addresses; other data modules make theirs.
 EXISTING = {"sana.data.module.ShardsData": "folder"}
 
@@ -43,7 +45,9 @@ def prepare(entry: str, overrides: Sequence[str] = (), *, rerun: str | Path | No
         overrides = [*overrides_of(rerun), *overrides]
     composed = compose(entry, overrides)
     planned = entry == "train" and composed.config.get("dry_run") is True
-    if entry != "train":
+    if entry == "eval" and composed.config.get("images") is not None:
+        _check_images_only(composed)
+    elif entry != "train":
         composed = fill_from_run(composed)
     check(composed, complete=not planned)
     if rerun is not None and not changed:
@@ -127,8 +131,9 @@ def fill_from_run(composed: Composed) -> Composed:
         ConfigError: `ckpt` is not given or leads to no run.
     """
     config = composed.config.copy()
-    if OmegaConf.is_missing(config, "ckpt"):
-        raise ConfigError("ckpt: has to be given: a checkpoint, or the directory of a run")
+    if OmegaConf.is_missing(config, "ckpt") or config.ckpt is None:
+        other = ", or images=FOLDER to score what was made elsewhere" if composed.entry == "eval" else ""
+        raise ConfigError(f"ckpt: has to be given: a checkpoint, or the directory of a run{other}")
     saved = training(find_weights(str(config.ckpt)), config.get("recipe")).config
     if saved.get("timestep") is None or saved.get("sampler") is None:
         raise ConfigError(f"ckpt: {config.ckpt} is {saved.model._target_}, which does not draw from prompts")
@@ -143,6 +148,20 @@ def fill_from_run(composed: Composed) -> Composed:
         if not _set_on_command_line(composed, "sampler.grid.shift"):
             OmegaConf.update(config, "sampler.grid.shift", "${timestep.shift}")
     return Composed(composed.entry, config, composed.overrides)
+
+
+def _check_images_only(composed: Composed) -> None:
+    """Scoring alone: what belongs to drawing has no effect, so it is refused.
+
+    Raises:
+        ConfigError: such a setting.
+    """
+    for text in composed.overrides:
+        key = parse_override(text).key_or_group
+        if key.split(".")[0] not in OF_SCORING:
+            raise ConfigError(
+                f"{text}: has no effect with images=, where nothing is drawn; settings there: {', '.join(OF_SCORING)}"
+            )
 
 
 def _set_on_command_line(composed: Composed, key: str) -> bool:

@@ -178,7 +178,13 @@ class Eval:
 
     Attributes:
         ckpt: a run (its newest checkpoint), a checkpoint, an original .pth, a safetensors file, a diffusers folder,
-            hf://organisation/repository[/file], or the name of a shipped model.
+            hf://organisation/repository[/file], or the name of a shipped model; null with `images`.
+        images: a folder of images made elsewhere, to score instead of drawing.
+        metadata: file of prompts, to draw or that `images` belong to.
+        reference: real images, for the metrics that compare with some: folder, shards or ``.npz``.
+        features: weights of Inception, for the metrics that use it.
+        allow_small_n: let FID take fewer images than features.
+        output: file of the results; null is results.json in the run's directory, or in the folder of `images`.
         per_task: prompts of each task.
         held_out: prompts of each task over combinations that training never saw.
         samples: images per prompt.
@@ -194,7 +200,13 @@ class Eval:
         metric: what to measure, by name.
     """
 
-    ckpt: str
+    ckpt: str | None
+    images: str | None
+    metadata: str | None
+    reference: str | None
+    features: str | None
+    allow_small_n: bool
+    output: str | None
     per_task: int
     held_out: int
     samples: int
@@ -210,8 +222,8 @@ class Eval:
     allow_extra: list[str]
     timestep: Timestep
     autoencoder: Autoencoder
-    sampler: Node
     metric: Nodes
+    sampler: Node | None = None
     quant: Node | None = None
 
 

@@ -18,7 +18,7 @@ from sana.encoder.text.gemma_random import gemma_random
 from sana.flow.grid import dpm_grid
 from sana.model.draw_progress import DrawProgress
 from sana.model.drawing import Job, draw_grid, draw_jobs, drawn_size, plan_jobs
-from sana.model.evaluate import find_images
+from sana.model.found import find_images
 from sana.model.generate import Painter
 from sana.model.preview import Preview
 from sana.network.sana import Sana

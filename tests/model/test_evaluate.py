@@ -13,7 +13,9 @@ from rich.console import Console
 from sana.metric.features import SCENE_FEATURES, scene_features
 from sana.metric.frechet import Frechet
 from sana.metric.geneval_scenes import GenEvalScenes
-from sana.model.evaluate import draw_folder, evaluate, find_images, image_seed, score_folder
+from sana.model.evaluate import draw_folder, evaluate, image_seed
+from sana.model.found import find_images
+from sana.model.score import score_folder
 from sana.run.sidecar import read_sidecar
 
 SETTINGS = {
@@ -117,7 +119,7 @@ def test_killing_at_random_points_changes_nothing(tmp_path, monkeypatch, seed):
             break
         except KeyboardInterrupt:
             kills += 1
-            with pytest.raises(ValueError, match=r"no PNG|has neither|of 28 images"):
+            with pytest.raises(ValueError, match=r"no PNG|no images|has neither|of 28 images"):
                 find_images(shaken)
     assert kills > 2
     finished = [p for p in written if p.suffix == ".json"]
@@ -172,7 +174,9 @@ def test_bad_input_is_refused(tmp_path):
         draw(tmp_path, Artist(), prompts=[], held_out=[])
     with pytest.raises(ValueError, match="asked for 4 images"):
         draw(tmp_path / "x", lambda p, s: np.zeros((3, 8, 8, 3), np.uint8))
-    with pytest.raises(ValueError, match="no PNG images"):
+    with pytest.raises(ValueError, match="no images in"):
+        score_folder(tmp_path, {"geneval_scenes": GenEvalScenes(score)})
+    with pytest.raises(ValueError, match="no metric was chosen"):
         score_folder(tmp_path, {})
 
 
@@ -251,3 +255,192 @@ def test_changed_pixels_are_not_scored(tmp_path):
     Image.fromarray(np.zeros((8, 12, 3), np.uint8)).save(victim)
     with pytest.raises(ValueError, match="not those of its sidecar"):
         score_folder(tmp_path, {"geneval_scenes": GenEvalScenes(score)})
+
+
+class Counted(GenEvalScenes):
+    """A scorer that says which images it was asked about, and can die."""
+
+    settings = {"scorer": "counted"}  # noqa: RUF012
+
+    def __init__(self, mortal: random.Random | None = None) -> None:
+        super().__init__(self.one, resamples=50)
+        self.seen: list[bytes] = []
+        self.mortal = mortal
+
+    def one(self, image, line):
+        if self.mortal is not None and self.mortal.random() < 0.2:
+            raise KeyboardInterrupt
+        self.seen.append(image.tobytes() + json.dumps(line).encode())
+        return score(image, line)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_scoring_goes_on_where_it_was_killed(tmp_path, monkeypatch, seed):
+    """Scoring dies at random; in the end no image was scored twice, and nothing else is different."""
+    import sana.model.journal as journal
+
+    monkeypatch.setattr(journal, "CHUNK", 1)
+    draw(tmp_path / "calm", Artist())
+    expected = score_folder(tmp_path / "calm", {"geneval": Counted()})
+    folder, rng, seen, kills = tmp_path / "shaken", random.Random(seed), [], 0
+    draw(folder, Artist())
+    while True:
+        metric = Counted(rng)
+        try:
+            results = score_folder(folder, {"geneval": metric})
+            break
+        except KeyboardInterrupt:
+            kills += 1
+            with open(folder / "scores" / "geneval" / "0.jsonl", "a") as file:
+                file.write('\n{"key": "cut o')
+        finally:
+            seen += metric.seen
+    assert kills > 0
+    assert len(seen) == len(set(seen)) == 28
+    assert results | {"files": 0} == expected | {"files": 0}
+    again = Counted()
+    assert score_folder(folder, {"geneval": again})["overall"] == expected["overall"]
+    assert again.seen == []
+    other = Counted()
+    other.settings = {"scorer": "another"}
+    score_folder(folder, {"geneval": other})
+    assert len(other.seen) == 28, "what was scored otherwise is not taken over"
+    elsewhere = Counted()
+    score_folder(folder, {"geneval": elsewhere}, about="another commit")
+    assert len(elsewhere.seen) == 28
+
+
+KILLED = """
+import os, sys, time
+sys.path[:0] = [{tests!r}]
+from test_evaluate import Artist, PROMPTS, HELD_OUT, SETTINGS, draw
+class Slow(Artist):
+    def __call__(self, prompts, seeds):
+        time.sleep(0.02)
+        return super().__call__(prompts, seeds)
+draw(sys.argv[1], Slow(), batch_size=1)
+"""
+
+
+@pytest.mark.slow
+def test_a_process_killed_without_warning_leaves_nothing_half_done(tmp_path):
+    import os
+    import signal
+    import subprocess
+    import sys
+    import time
+    from pathlib import Path
+
+    script = tmp_path / "draw.py"
+    script.write_text(KILLED.format(tests=str(Path(__file__).parent)))
+    folder, rng, kills = tmp_path / "images", random.Random(0), 0
+    command = [sys.executable, str(script), str(folder)]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    written: dict[str, int] = {}
+    while True:
+        process = subprocess.Popen(command, env=environment)
+        wanted = len(list(folder.rglob("samples/*.json"))) + rng.randint(2, 9)
+        while process.poll() is None and len(list(folder.rglob("samples/*.json"))) < wanted:
+            time.sleep(0.01)
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+            kills += 1
+        process.wait()
+        for path in folder.rglob("samples/*.json"):
+            inode = path.stat().st_mtime_ns
+            assert written.setdefault(str(path), inode) == inode, "a finished image is never made again"
+        if process.returncode == 0:
+            break
+    assert kills > 1
+    draw(tmp_path / "calm", Artist(), batch_size=1)
+    assert pixels(folder) == pixels(tmp_path / "calm")
+
+
+def test_images_made_elsewhere_find_their_lines(tmp_path):
+    from PIL import Image
+
+    from sana.model.found import read_lines
+
+    image = Image.fromarray(np.zeros((8, 8, 3), np.uint8))
+    lines = [line("colors", f"c{i}") for i in range(3)]
+    (tmp_path / "lines.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    flat, nested = tmp_path / "flat", tmp_path / "nested"
+    flat.mkdir()
+    for name in ("0.png", "00001_0.jpg", "1-1.png"):
+        image.save(flat / name)
+    for name in ("00000/samples/00000.png", "2/samples/00003.png", "2/grid.png"):
+        (nested / name).parent.mkdir(parents=True, exist_ok=True)
+        image.save(nested / name)
+    known = read_lines(tmp_path / "lines.jsonl")
+    assert [(p.name, r["entry"]) for p, r in find_images(flat, known)] == [
+        ("0.png", 0),
+        ("00001_0.jpg", 1),
+        ("1-1.png", 1),
+    ]
+    assert [r["metadata"]["prompt"] for _, r in find_images(nested, known)] == ["c0", "c2"]
+    results = score_folder(nested, {"geneval_scenes": GenEvalScenes(score, resamples=50)}, lines=known)
+    assert (results["metric"], results["n"], results["value"]) == ("geneval_scenes", 2, 1.0)
+    assert (results["settings"]["prompts"], results["settings"]["prompts_without_image"]) == (3, 1)
+    image.save(flat / "3.png")
+    with pytest.raises(ValueError, match=r"there is no line 3; the metadata has 3, counted from 0"):
+        find_images(flat, known)
+    (flat / "3.png").rename(flat / "x.png")
+    with pytest.raises(ValueError, match="cannot tell its line"):
+        find_images(flat, known)
+    assert len(find_images(flat, prompts=False)) == 4
+    (tmp_path / "meta.json").write_text(
+        json.dumps({"x": {"prompt": "an x", "category": "art"}, "y": {"prompt": "a y"}})
+    )
+    (flat / "0.png").unlink()
+    for name in ("00001_0.jpg", "1-1.png"):
+        (flat / name).unlink()
+    image.save(flat / "y_1.png")
+    found = find_images(flat, read_lines(tmp_path / "meta.json"))
+    assert [(r["entry"], r["metadata"]["prompt"]) for _, r in found] == [("x", "an x"), ("y", "a y")]
+
+
+RANKS = """
+import sys
+import torch.distributed as dist
+sys.path[:0] = [{tests!r}]
+from test_evaluate import Artist, Counted, draw
+from sana.model.score import score_folder
+rank, folder, store = int(sys.argv[1]), *sys.argv[2:4]
+dist.init_process_group("gloo", init_method=f"file://{{store}}", rank=rank, world_size=2)
+artist, metric = Artist(), Counted()
+draw(folder, artist)
+overall = score_folder(folder, {{"geneval": metric}})["overall"]
+print(len(artist.calls), len(metric.seen), overall)
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_two_ranks_share_drawing_and_scoring(tmp_path):
+    import os
+    import subprocess
+    import sys
+    from pathlib import Path
+
+    script = tmp_path / "ranks.py"
+    script.write_text(RANKS.format(tests=str(Path(__file__).parent)))
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2]), "OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(script), str(r), str(tmp_path / "images"), str(tmp_path / "store")],
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+        for r in range(2)
+    ]
+    said = [p.communicate(timeout=240)[0].split() for p in processes]
+    draw(tmp_path / "calm", Artist())
+    overall = score_folder(tmp_path / "calm", {"geneval": Counted()})["overall"]
+    assert [int(drawn) for drawn, _, _ in said] == [16, 12], "batches of 4 in turn, none by both"
+    assert sum(int(seen) for _, seen, _ in said) == 28
+    assert {float(number) for _, _, number in said} == {overall}
+    drawn, calm = (
+        {k: v for k, v in pixels(tmp_path / name).items() if k.endswith(".png")} for name in ("images", "calm")
+    )
+    assert drawn == calm
