@@ -7,6 +7,7 @@ import json
 import os
 import socket
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from sana.checkpoint.run_folder import list_checkpoints
 from sana.run.error import ConfigError
 from sana.run.groups import CONF
 from sana.run.job import read_jobs
-from sana.run.records import read_metrics
+from sana.run.summary import summarise
 
 SHIPPED = CONF.parent / "experiments"
 SHIPPED_FILE = "model.safetensors"
@@ -39,7 +40,7 @@ def find_runs(folder: str | Path) -> Iterator[Path]:
 def load_run(path: str | Path) -> dict[str, Any]:
     """One run as a flat dictionary.
 
-    Keys: path, name, status, reason, started, seconds, step (of the last row), overrides (list), commit,
+    Keys: path, name, status, reason, started, seconds, peak_rss_gib, step (of the last row), overrides (list), commit,
     dirty, gpus, checkpoint (the newest, or None), metrics {name: last value}, lowest and highest {name:
     extreme over the run}. A run that says it is running but whose process on this machine is gone has the
     status "killed".
@@ -48,18 +49,7 @@ def load_run(path: str | Path) -> dict[str, Any]:
     status = _json(path / "status.json")
     environment = _json(path / "environment.json")
     git = environment.get("git") or {}
-    rows = read_metrics(path / "metrics.jsonl") if (path / "metrics.jsonl").exists() else []
-    last: dict[str, Any] = {}
-    lowest: dict[str, float] = {}
-    highest: dict[str, float] = {}
-    for row in rows:
-        for key, value in row.items():
-            if key in ("step", "time"):
-                continue
-            last[key] = value
-            if isinstance(value, int | float) and value == value:
-                lowest[key] = min(value, lowest.get(key, value))
-                highest[key] = max(value, highest.get(key, value))
+    numbers = summarise(path / "metrics.jsonl")
     checkpoint = newest_checkpoint(path)
     return {
         "path": str(path),
@@ -68,15 +58,16 @@ def load_run(path: str | Path) -> dict[str, Any]:
         "reason": status.get("reason"),
         "started": status.get("started"),
         "seconds": status.get("seconds"),
-        "step": rows[-1].get("step") if rows else None,
+        "peak_rss_gib": status.get("peak_rss_gib"),
+        "step": numbers.step,
         "overrides": read_overrides(path),
         "commit": git.get("commit"),
         "dirty": git.get("dirty"),
         "gpus": [gpu.get("name") for gpu in environment.get("hardware", {}).get("gpus", [])],
         "checkpoint": None if checkpoint is None else str(checkpoint),
-        "metrics": last,
-        "lowest": lowest,
-        "highest": highest,
+        "metrics": numbers.last,
+        "lowest": numbers.lowest,
+        "highest": numbers.highest,
     }
 
 
@@ -96,7 +87,8 @@ def load_runs(folder: str | Path = "runs") -> list[dict[str, Any]]:
     """
     if not Path(folder).is_dir():
         raise ConfigError(f"{folder}: no such folder of runs")
-    rows = [load_run(path) for path in find_runs(folder)]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # long records are read outside of Python's lock
+        rows = list(pool.map(load_run, find_runs(folder)))
     rows += [row for path in sorted(Path(folder).rglob("sweep.json")) for row in _without_run(path.parent)]
     return sorted(rows, key=lambda row: (row["started"] or "", row["path"]))
 
@@ -114,9 +106,9 @@ def read_overrides(path: str | Path) -> list[str]:
     """What the command line of a run said; [] where the record is missing."""
     try:
         lines = (Path(path) / "overrides.yaml").read_text(encoding="utf-8").splitlines()
-    except OSError:
+        return [json.loads(line[2:]) for line in lines if line.startswith("- ")]
+    except (OSError, ValueError):
         return []
-    return [json.loads(line[2:]) for line in lines if line.startswith("- ")]
 
 
 def newest_checkpoint(path: str | Path) -> Path | None:
