@@ -14,8 +14,8 @@ from sana.checkpoint.error import CheckpointError
 from sana.checkpoint.tensors import Tensors
 
 PREFIXES = ("state_dict.network.", "state_dict.", "model.module.", "model.", "module.", "")
-"""What precedes the network's own names: in older runs of this project, in those of Lightning and accelerate, in a plain
-state dict."""
+"""What precedes the network's own names: in older runs of this project, in those of Lightning and accelerate, in a
+plain state dict."""
 
 
 def read_distributed(folder: str | Path) -> Tensors:

@@ -54,9 +54,9 @@ class Uniform:
 def image(lr: float = 1e-4) -> ImageModule:
     """A SANA of odd widths under CAME, clipping, averaging and caption dropout.
 
-    The seed is one of those (half of them) that leave no channel of a query or key negative for every token: the gradient
-    of such a row is rounding noise, which CAME, dividing each row by its own size, turns into full steps, so that sums in
-    another order lead elsewhere within three updates, under one strategy and another alike.
+    The seed is one of those (half of them) that leave no channel of a query or key negative for every token. The
+    gradient of such a row is rounding noise, which CAME, dividing each row by its own size, turns into full steps: then
+    sums in another order lead elsewhere within three updates, under one strategy and another alike.
     """
     torch.manual_seed(6)
     block = partial(
