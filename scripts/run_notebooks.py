@@ -88,8 +88,9 @@ def main() -> int:
         for n, path in enumerate(chosen, start=1):
             try:
                 seconds = execute(path, out)
-            except (CellExecutionError, CellTimeoutError, DeadKernelError) as error:
-                print(f"{path.relative_to(ROOT)}: {error}", file=sys.stderr)
+            except (CellExecutionError, CellTimeoutError, DeadKernelError, AssertionError) as error:
+                # nbclient answers some deaths of a kernel with an assertion of its own
+                print(f"{path.relative_to(ROOT)}: {str(error) or 'the kernel died'}", file=sys.stderr)
                 return 1
             print(f"{path.stem}: {seconds:.0f} s ({n} of {len(chosen)})", flush=True)
         print(f"{len(chosen)} notebooks in {time.monotonic() - begun:.0f} s" + (f", in {out}" if given.out else ""))

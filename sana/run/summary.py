@@ -27,8 +27,6 @@ FORMAT = 1
 KEPT_FROM = 1 << 16  # bytes; shorter files are read line by line sooner than pyarrow is imported
 PROBE = 4096  # bytes before the end of what was read that tell whether a file has only grown
 NOT_METRICS = ("step", "time")
-NOT_FINITE = (b'"nan"', b'"inf"', b'"-inf"')
-"""What `sana.run.records` writes for numbers that JSON lacks."""
 
 
 @dataclass(frozen=True)
@@ -112,11 +110,11 @@ def rows_of(data: bytes) -> Iterator[dict[str, Any]]:
 
 def arrow_table(data: bytes) -> pyarrow.Table | None:
     """The rows as a table with a column per key, numbers in all of them; None where they have to be read one by one,
-    because of torn lines or of values that are no numbers."""
+    because of torn lines or of values that are no numbers, such as the "nan" that JSON lacks."""
     import pyarrow
     from pyarrow import json as arrow_json
 
-    if len(data) < KEPT_FROM or any(word in data for word in NOT_FINITE):
+    if len(data) < KEPT_FROM:
         return None
     options = arrow_json.ReadOptions(use_threads=False, block_size=len(data) + 1)
     try:
