@@ -41,7 +41,7 @@ def write_runs(folder: Path, runs: int, rows: int, numbers: int) -> int:
 
 def main() -> None:
     """Write, read twice, and one run's curves."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--runs", type=int, default=1000)
     parser.add_argument("--rows", type=int, default=10_000)
     parser.add_argument("--numbers", type=int, default=3, help="per row, besides step and time")

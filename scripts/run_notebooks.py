@@ -70,7 +70,7 @@ def save_figures(notebook: Any, folder: Path, stem: str) -> None:
 
 def main() -> int:
     """Run what is asked for; 0, or 1 after the first error."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("names", nargs="*", help="numbers or beginnings of names, such as 01; none: all")
     parser.add_argument("--out", help="where executed notebooks, figures and runs go")
     given = parser.parse_args()

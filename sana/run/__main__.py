@@ -125,7 +125,8 @@ def best(folder: str, metric: str, greatest: bool, count: int) -> Table:
     rows = [(row, numbers_of(row)) for row in load_runs(folder)]
     end = HIGHEST if greatest else LOWEST
     found = [(numbers.get(metric + end, numbers.get(metric)), row, numbers) for row, numbers in rows]
-    ranked = sorted((item for item in found if item[0] is not None), key=lambda item: item[0], reverse=greatest)
+    having = [(value, row, numbers) for value, row, numbers in found if value is not None]
+    ranked = sorted(having, key=lambda item: item[0], reverse=greatest)
     if not ranked:
         names = sorted({name for _, numbers in rows for name in numbers if not name.endswith((LOWEST, HIGHEST))})
         raise ConfigError(f"best: no run in {folder} has {metric!r}; there are: {', '.join(names) or 'no numbers'}")

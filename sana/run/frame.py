@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas
 
@@ -130,11 +131,12 @@ def over_seeds(
         if COLUMNS not in runs.attrs:
             raise ValueError("over_seeds: by=[...] is needed, as these rows do not say which columns are settings")
         by = [name for name in runs.attrs[COLUMNS] if name != seed and not name.startswith("run.")]
-        by = [name for name in by if name in runs and runs[name].astype(str).nunique() > 1]
+        by = [name for name in by if name in runs and len(set(map(str, runs[name]))) > 1]
     for name in [*metrics, *by]:
         if name not in runs:
             raise ValueError(f"over_seeds: no run has {name!r}")
     counted = runs[runs["status"].isin(status)]
     keys = [counted[name] for name in by] or [pandas.Series("all", counted.index, name="runs")]
-    groups = counted[list(metrics)].groupby(keys, dropna=False, sort=True)
-    return groups.agg(["mean", "std", "count"]).rename(columns={"count": "n"}, level=1)
+    numbers = pandas.DataFrame(counted, columns=list(metrics))
+    table: Any = numbers.groupby(keys, dropna=False, sort=True).agg(["mean", "std", "count"])
+    return table.rename(columns={"count": "n"}, level=1)

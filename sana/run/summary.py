@@ -137,7 +137,7 @@ def _of_table(table: pyarrow.Table) -> Summary:
             times = [present[0].as_py(), present[-1].as_py()]
         elif name != "step":
             last[name] = present[-1].as_py()
-            ends = compute.min_max(present)
+            ends = compute.min_max(present)  # type: ignore[attr-defined]  # generated at import
             lowest[name], highest[name] = ends["min"].as_py(), ends["max"].as_py()
     step = table["step"][-1].as_py() if "step" in table.column_names and len(table) else None
     return Summary(len(table), step, times[0], times[1], last, lowest, highest)
