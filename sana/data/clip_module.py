@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from sana.data.clips import ClipReader, ClipSample, collate_clips
 from sana.data.formats.open import open_source
-from sana.data.loader import CaptionChoice, MicroBatches, Slot
+from sana.data.loader import CaptionChoice, MicroBatches, Slot, micro_batches
 from sana.data.planner import Planner, plan
 from sana.data.record import BadSample, Limits
 from sana.data.source import Source
@@ -94,7 +94,7 @@ class ClipsData(LightningDataModule):
         least_motion, most_motion: bounds of the motion score in the index; clips without one take no part if set.
         first_frame: probability that a clip trains image-to-video.
         tell_motion: append the motion score to captions.
-        accumulate: micro-batches per update.
+        micro_batch: samples that one process has in the network at a time; None: its whole share of the batch.
         limits: what a sample may have at most; None: those of `Limits`.
         cache: folder that keeps whole shards of data that lie at an address; None: only byte ranges are fetched.
         num_workers: loader processes per rank.
@@ -119,7 +119,7 @@ class ClipsData(LightningDataModule):
         most_motion: float | None = None,
         first_frame: float = 0.0,
         tell_motion: bool = False,
-        accumulate: int = 1,
+        micro_batch: int | None = None,
         limits: Limits | None = None,
         cache: str | None = None,
         num_workers: int = 0,
@@ -132,7 +132,7 @@ class ClipsData(LightningDataModule):
             raise ValueError("data.folder: at least one place is needed")
         if not 0 <= max_bad_fraction <= 1:
             raise ValueError(f"data.max_bad_fraction is in [0, 1], got {max_bad_fraction}")
-        self.batch_size, self.choice, self.accumulate, self.seed = batch_size, caption, accumulate, seed
+        self.batch_size, self.choice, self.micro_batch, self.seed = batch_size, caption, micro_batch, seed
         self.frames, self.fps, self.camera = frames, fps, camera
         self.size = None if size is None else (int(size[0]), int(size[1]))
         self.motion = (least_motion, most_motion)
@@ -187,22 +187,26 @@ class ClipsData(LightningDataModule):
         """Digest of the training data, for the run's records."""
         return hashlib.sha256("\n".join(source.fingerprint() for source in self.sources()).encode()).hexdigest()
 
+    def accumulation(self, world: int) -> int:
+        """Micro-batches per update of each of `world` processes.
+
+        Raises:
+            ValueError: the global batch does not divide.
+        """
+        return micro_batches(self.batch_size, world, self.micro_batch)
+
     def train_dataloader(self) -> DataLoader[Any]:
         """Endless loader of this rank's micro-batches, from the first clip the recipe has not consumed."""
         trainer = self.trainer
         assert trainer is not None
         world = trainer.world_size
-        if self.batch_size % (world * self.accumulate):
-            raise ValueError(
-                f"batch_size {self.batch_size} over {world} ranks and accumulate {self.accumulate} does not divide"
-            )
         batches = MicroBatches(
             self.planner(),
             [self.size or (0, 0)],
             int(getattr(trainer.lightning_module, "samples_seen", 0)),
             trainer.global_rank,
             world,
-            micro=self.batch_size // world // self.accumulate,
+            micro=self.batch_size // world // self.accumulation(world),
         )
         return DataLoader(
             self.clips(),

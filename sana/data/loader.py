@@ -39,6 +39,27 @@ class Slot(NamedTuple):
     width: int
 
 
+def micro_batches(batch: int, world: int, micro: int | None) -> int:
+    """Micro-batches per update of each process.
+
+    Args:
+        batch: global batch.
+        world: processes.
+        micro: samples of one micro-batch; None: a process has its whole share at a time.
+
+    Raises:
+        ValueError: the global batch does not divide.
+    """
+    share, rest = divmod(batch, world)
+    size = micro or share
+    if rest or size < 1 or share % size:
+        raise ValueError(
+            f"data.batch_size: {batch} samples over {world} processes do not divide into micro-batches of "
+            f"{size or 'any size'}"
+        )
+    return share // size
+
+
 class MicroBatches:
     """Batch sampler: endless micro-batches of one rank.
 

@@ -21,7 +21,7 @@ from sana.data.cache import DTYPES, FLIPS, LatentCache, TextCache, find_cache
 from sana.data.caching import Encoding, Job, latent_jobs, text_jobs
 from sana.data.caption import PowerScore, Proportion, SoftmaxScore
 from sana.data.formats.open import open_source
-from sana.data.loader import MicroBatches, Samples, Slot, loader, to_float
+from sana.data.loader import MicroBatches, Samples, Slot, loader, micro_batches, to_float
 from sana.data.planner import Planner, plan
 from sana.data.record import BadSample, Limits
 from sana.data.scene_shards import write_scene_shards
@@ -188,14 +188,7 @@ class ShardsData(LightningDataModule):
         Raises:
             ValueError: the global batch does not divide.
         """
-        share, rest = divmod(self.batch_size, world)
-        micro = self.micro_batch or share
-        if rest or micro < 1 or share % micro:
-            raise ValueError(
-                f"data.batch_size: {self.batch_size} samples over {world} processes do not divide into micro-batches "
-                f"of {micro or 'any size'}"
-            )
-        return share // micro
+        return micro_batches(self.batch_size, world, self.micro_batch)
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Endless loader of this rank's micro-batches, from the first sample the recipe has not consumed."""

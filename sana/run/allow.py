@@ -3,7 +3,7 @@
 A name is allowed if it is
 
 * a public class of the project in one of the packages of `ROLES`,
-* another class or function of the project that a file in conf/ names, or
+* another class or function of the project that a file in conf/ names, or one of `WRITTEN`, or
 * one of the few library names in library_signatures.json,
 
 letter by letter: no alias, no path through another module. What is found under an allowed name must then be the listed
@@ -27,6 +27,8 @@ from sana.run.signature import PACKAGE, TABLE, Signature, UnknownTargetError, fi
 
 ROLES = ("callback", "data", "encoder", "flow", "metric", "model", "network", "nn", "objective", "optimizer", "quant",
          "sampler", "strategy")  # fmt: skip
+WRITTEN = frozenset({"sana.model.foreign.autoencoder"})
+"""Names of the project that no file in conf/ has: `sana.run.match` writes them into the recipes of foreign weights."""
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z_][A-Za-z0-9_]*)+", re.ASCII)
 RESOLVERS = ("oc.env", "oc.select", "hydra")
 """Interpolations that a configuration may call; others could make a node out of text that no check has seen."""
@@ -43,7 +45,8 @@ def check_name(target: object) -> Signature:
         raise UnknownTargetError(f"{str(target)!r:.80} is not the dotted name of a class or function")
     signature = find_signature(target)
     head, role, *_ = target.split(".")
-    if head == PACKAGE.name and target not in conf_names() and not (role in ROLES and is_class(target)):
+    listed = target in WRITTEN or target in conf_names()
+    if head == PACKAGE.name and not listed and not (role in ROLES and is_class(target)):
         raise UnknownTargetError(
             f"{target} is none of the classes that a config may build, and no file in conf/ names it"
         )

@@ -47,7 +47,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def fit(data: ClipsData, folder: Path, steps: int, seen: int = 0) -> Watcher:
-    recipe = Watcher(data.accumulate)
+    recipe = Watcher()
     recipe.samples_seen = seen
     folder.mkdir(exist_ok=True)
     quiet: dict[str, Any] = dict.fromkeys(

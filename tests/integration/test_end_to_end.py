@@ -118,7 +118,9 @@ def test_evaluation_writes_results_and_a_page(run: Path) -> None:
     assert results["steps"] == 6
     page = (run / "report.html").read_text()
     assert "data:image/png;base64" in page
-    said = call("eval.py", f"ckpt={run}", "per_task=2", "metric=fid", "sampler.steps=2", f"out={run / 'few'}", code=2)
+    said = call(
+        "eval.py", f"ckpt={run}", "per_task=2", "metric=fid_scenes", "sampler.steps=2", f"out={run / 'few'}", code=2
+    )
     assert "96 feature dimensions" in said.splitlines()[-1]
 
 

@@ -44,8 +44,9 @@ def test_published_counts(model: str) -> None:
     assert (plan.tokens, plan.text_tokens) == (1024, 300)
     assert plan.average == 0
     assert plan.frozen == 4 * AUTOENCODER + 2 * GEMMA
-    # CAME: the momentum of every parameter, and for the rest less than one percent of that.
-    assert 4 * COUNTS[model] < plan.states < 4.04 * COUNTS[model]
+    # CAME: the momentum of every parameter (4.8B: in 8 bits), and for the rest less than a twentieth of a byte.
+    momentum = 1 if model == "sana15_4800m" else 4
+    assert momentum * COUNTS[model] < plan.states < (momentum + 0.05) * COUNTS[model]
     # The published price list (spec A2): forward of one 1024 px image; x4 with every block recomputed.
     forward = {"sana_600m": 1.121e12, "sana_1600m": 3.0e12, "sana15_1600m": 3.0e12, "sana15_4800m": 9.0e12}[model]
     assert plan.flops == pytest.approx(8 * 4 * forward, rel=0.03)
