@@ -23,10 +23,10 @@ notebooks: setup  ## execute notebooks/ on small runs that they train themselves
 	@$(BIN)/python scripts/run_notebooks.py
 
 test: setup  ## every test that fits on two CPU cores
-	$(BIN)/python -m pytest -q -n 2 --durations=10 -m "not full_size"
+	$(BIN)/python -m pytest -q -n 2 --durations=10 -m "not full_size and not long"
 
-slow: setup  ## the tests at published sizes, one after the other: some six minutes, 8 GiB
-	$(BIN)/python -m pytest -q -m full_size
+slow: setup  ## tests of minutes: at published sizes (8 GiB), and of several processes, one after the other
+	$(BIN)/python -m pytest -q -m "full_size or long"
 
 lint: setup
 	$(BIN)/ruff check .

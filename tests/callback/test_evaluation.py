@@ -41,6 +41,7 @@ def train(folder: Path, name: str, *more: str) -> list[dict]:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_training_does_not_notice_and_ranks_do_not_wait_for_ever(tmp_path):
     plain = train(tmp_path, "plain")
     one = train(tmp_path, "one", *MEASURED)

@@ -12,6 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(("strategy", "workers"), [("single", 2), ("ddp", 0), ("fsdp", 0)])
 def test_a_killed_run_ends_like_one_that_was_not(tmp_path: Path, strategy: str, workers: int) -> None:
     command = [sys.executable, "scripts/kill_resume.py", "--kills", "5", "--strategy", strategy]

@@ -17,6 +17,7 @@ from recipes import run
 from sana.checkpoint.run_file import read_run_file
 from sana.checkpoint.run_folder import read_state
 
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 HERE = Path(__file__).resolve().parent
 STEPS = 50
 HALF = STEPS // 2
