@@ -131,7 +131,7 @@ def over_seeds(
         if COLUMNS not in runs.attrs:
             raise ValueError("over_seeds: by=[...] is needed, as these rows do not say which columns are settings")
         by = [name for name in runs.attrs[COLUMNS] if name != seed and not name.startswith("run.")]
-        by = [name for name in by if name in runs and len(set(map(str, runs[name]))) > 1]
+        by = [name for name in by if name in runs and len(set(map(str, runs[name].dropna()))) > 1]
     for name in [*metrics, *by]:
         if name not in runs:
             raise ValueError(f"over_seeds: no run has {name!r}")
