@@ -203,7 +203,7 @@ class Batches:
                 launcher = Plugins.instance().instantiate_launcher(**arguments)
             # A task composes anew, so what `config` says of Hydra's own directories is said again.
             place = [f"hydra.sweep.dir={folder}", "hydra.sweep.subdir=."]
-            texts = [[*job.overrides, f"run.dir={folder / str(job.number)}", *place] for job in batch]
+            texts = [[*job.overrides, *place, f"run.dir={folder / str(job.number)}"] for job in batch]
             try:
                 launcher.launch(texts, initial_job_idx=batch[0].number)
             except Exception as error:
