@@ -31,7 +31,7 @@ def judge(checkpoint: str, out: Path, per_task: int, held_out: int, seed: int) -
     """results.json of one evaluation; kept if it is there already."""
     if not (out / "results.json").is_file():
         sizes = (f"per_task={per_task}", f"held_out={held_out}", f"seed={seed}")
-        call("eval.py", f"ckpt={checkpoint}", "metric=[geneval_scenes,fid]", *sizes, f"out={out}")
+        call("eval.py", f"ckpt={checkpoint}", "metric=[geneval_scenes,fid_scenes]", *sizes, f"out={out}")
     return json.loads((out / "results.json").read_text())
 
 
