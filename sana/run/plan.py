@@ -284,7 +284,10 @@ def switches(composed: Composed, plan: Plan | None = None) -> list[str]:
     frugal = target in FRUGAL
     place = model.get("frozen", "device")
     if every or frugal or place != "device":
-        plan = plan or make_plan(composed)
+        try:
+            plan = plan or make_plan(composed)
+        except ConfigError as error:  # not known here; what is wrong with a run, its own parts say when they are built
+            lines.append(f"memory: {error}; what is saved cannot be said")
     if every and plan is not None:
         whole = plan.whole
         kept = network.get("checkpoint_keep", "input")
