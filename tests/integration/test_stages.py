@@ -17,9 +17,9 @@ from sana.run.runs import newest_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = [
-    "network.width=32", "network.depth=2", "block.cross.heads=2", "network.text_channels=24",
-    "encoder/text=gemma_random", "encoder.text.channels=24", "encoder.text.layers=1", "encoder.text.dtype=float32",
-    "encoder.autoencoder.encoder_widths=[4,4,4,4,4,4]", "encoder.autoencoder.decoder_widths=[4,4,4,4,4,4]",
+    "network.width=32", "network.depth=2", "block.cross.heads=2", "network.text_channels=64",
+    "encoder/text=gemma_random", "encoder.text.channels=64", "encoder.text.layers=1", "encoder.text.dtype=float32",
+    "encoder.autoencoder.encoder_widths=[8,8,8,8,8,32]", "encoder.autoencoder.decoder_widths=[8,8,8,8,8,32]",
     "encoder.autoencoder.encoder_depths=[1,1,1,1,1,1]", "encoder.autoencoder.decoder_depths=[1,1,1,1,1,1]",
     "encoder.autoencoder.encoder_attention=[false,false,false,false,false,false]",
     "encoder.autoencoder.decoder_attention=[false,false,false,false,false,false]",
