@@ -7,7 +7,7 @@ A tiny recipe is trained once without interruption, and once more with the whole
 each time started with the same command (`resume=auto`). Kills are drawn after a step of the new start was seen, so that
 there is progress; every other one waits for a save to begin. The last line says how many kills there were, how many
 steps they cost, and whether parameters, moving average, optimizer states and the list of samples are equal bit for
-bit, or what differs first. Exit code 0 if equal, 1 if not.
+bit, or what differs first. Exit code 0 if equal, 1 if not or if the run ended before all kills.
 """
 
 from __future__ import annotations
@@ -64,7 +64,11 @@ def main() -> int:
             f"lost (at most {max(lost, default=0)} at once, a save every {options.every}), {left} temporary files "
             f"left, {time.monotonic() - start:.0f} s: {difference or 'equal bit for bit'}"
         )
-        return 1 if difference or left else 0
+        if kills < options.kills:
+            print(
+                f"kill_resume: the run ended after {kills} of {options.kills} kills: give it more --steps"
+            )
+        return 1 if difference or left or kills < options.kills else 0
     finally:
         if not options.folder:
             shutil.rmtree(folder, ignore_errors=True)
@@ -102,25 +106,32 @@ def wait(process: subprocess.Popen[bytes]) -> int:
 def torment(
     command: list[str], run: Path, options: argparse.Namespace, log: TextIO, start: float
 ) -> tuple[list[int], int]:
-    """Kill and start again until the kills are used up, then let it end; steps lost by each, and kills."""
+    """Kill and start again until the kills are used up, then let it end; steps lost by each, and kills.
+
+    The update after which a start is killed is drawn so that the kills spread over the whole run.
+    """
     draw, lost = random.Random(options.seed), []
     while len(lost) < options.kills:
-        before = saved_step(run)
+        saved, aimed = saved_step(run), len(lost) % 2 == 1
+        reach = 2 * (options.steps - saved) / (options.kills - len(lost))
+        latest = options.steps - (2 * options.every if aimed else 2)
+        target = min(saved + 1 + int(draw.uniform(0.0, reach)), max(latest, saved + 1))
         process = launch(command, log)
-        seen = await_step(process, run, before)
-        if seen is None:
-            break  # it came to its end first
-        aimed = len(lost) % 2 == 1
-        deadline = time.monotonic() + draw.uniform(0.0, 1.5 * options.every * seen)
-        while time.monotonic() < deadline + (30.0 if aimed else 0.0) and process.poll() is None:
-            if aimed and list((run / "checkpoints").glob("*.tmp")):
-                time.sleep(draw.uniform(0.0, 0.15))
-                break
-            time.sleep(0.005)
-        if process.poll() is None:
+        pace = await_step(process, run, target)
+        if pace is not None:
+            end = time.monotonic() + (PATIENCE if aimed else draw.uniform(0.0, pace))
+            while time.monotonic() < end and process.poll() is None:
+                if aimed and list((run / "checkpoints").glob("*.tmp")):
+                    time.sleep(draw.uniform(0.0, 0.15))
+                    break
+                time.sleep(0.002)
+        ended = process.poll() is not None
+        if not ended:
             os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        if last_step(run) >= options.steps and saved_step(run) >= options.steps:
+        code = process.wait()
+        if ended and code:
+            raise SystemExit(f"kill_resume: a start failed by itself with exit code {code}; see {log.name}")
+        if ended:
             break
         lost.append(max(last_step(run) - saved_step(run), 0))
         say(
@@ -133,22 +144,20 @@ def torment(
     return lost, len(lost)
 
 
-def await_step(process: subprocess.Popen[bytes], run: Path, before: int) -> float | None:
-    """Seconds per step, once a step after the checkpoint was seen; None if the run ended before."""
-    end, first = time.monotonic() + PATIENCE, None
-    known = modified(run)
+def await_step(process: subprocess.Popen[bytes], run: Path, target: int) -> float | None:
+    """Seconds per step, once a row of this start reached an update; None if the process ended before."""
+    end, known, begun = time.monotonic() + PATIENCE, modified(run), None
     while process.poll() is None:
         if time.monotonic() > end:
             os.killpg(process.pid, signal.SIGKILL)
             raise SystemExit(f"kill_resume: no step within {PATIENCE:.0f} s")
         if modified(run) != known:
-            step = last_step(run)
-            if step > before:
-                if first is None:
-                    first = (step, time.monotonic())
-                elif step > first[0]:
-                    return (time.monotonic() - first[1]) / (step - first[0])
-        time.sleep(0.005)
+            known, step = modified(run), last_step(run)
+            if begun is None or step <= begun[0]:
+                begun = (step, time.monotonic())
+            if step >= target:
+                return (time.monotonic() - begun[1]) / max(step - begun[0], 1) or 0.1
+        time.sleep(0.002)
     return None
 
 

@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 import sys
-import time
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 
-from sana.allocator import DRAWING, keep_pages
+from sana.allocator import DRAWING, keep_pages, one_arena
 from sana.bench.roofline import DECODE_FLOPS, Rates, denoiser_bytes, measure_rates, wait
 from sana.bench.sides import SIZES, STAGES, Side, Work, make_both, make_one
+from sana.bench.turns import Turns
 from sana.run.environment import cpu_name, describe_git, peak_rss_gib
 from sana.types import Grid
 
@@ -70,7 +71,8 @@ def run(options: argparse.Namespace) -> int:
 
 
 def measure(work: Work, lengths: list[int], repeats: int) -> dict[str, Any]:
-    """Both sides in turns, each pair in the other order than the last, after a warm-up of one step.
+    """Both sides after a warm-up of one step: on CPUs in turns of a step, else one after the other; each pair in the
+    other order.
 
     The warm-up is at the greatest length alone: a shorter prompt meets the same kernels and less memory.
     """
@@ -78,7 +80,11 @@ def measure(work: Work, lengths: list[int], repeats: int) -> dict[str, Any]:
     rates = measure_rates(work.device, work.dtype)
     ours, theirs = make_both(work)
     results: dict[str, Any] = {"raw": [], "max_rel_error": 0.0}
-    seed = 0
+    turns, seed = Turns(), 0
+    if work.device.type == "cpu":  # waiting for a GPU after each step would cost it its queue
+        one_arena()
+        turns.wrap(ours.painter.network, "forward")
+        turns.wrap(theirs.pipeline.transformer, "forward")
     for side in (ours, theirs):
         side.draw(work.prompts(max(lengths), 9999), 9999, steps=1)
         side.clock.read()
@@ -88,7 +94,7 @@ def measure(work: Work, lengths: list[int], repeats: int) -> dict[str, Any]:
             prompts, seed = work.prompts(tokens, seed), seed + 1
             _say(f"{tokens} tokens, pair {i + 1} of {repeats}")
             order = (("ours", ours), ("theirs", theirs))
-            pairs.append({name: _timed(side, prompts, seed) for name, side in (order if i % 2 == 0 else order[::-1])})
+            pairs.append(_timed(turns, dict(order if i % 2 == 0 else order[::-1]), prompts, seed))
             error = _relative_error(ours, theirs)
             results["max_rel_error"] = max(results["max_rel_error"], *error.values())
             results["raw"].append({"tokens": tokens, "relative_error": error, **pairs[-1]})
@@ -148,14 +154,19 @@ def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def _timed(side: Side, prompts: list[str], seed: int) -> dict[str, float]:
-    wait(side.work.device)
-    start = time.perf_counter()
-    side.draw(prompts, seed)
-    wait(side.work.device)
-    total = time.perf_counter() - start
-    stages = side.clock.read()
-    return {"total": total, **{stage: stages.get(stage, 0.0) for stage in STAGES}}
+def _timed(turns: Turns, sides: dict[str, Side], prompts: list[str], seed: int) -> dict[str, dict[str, float]]:
+    """Seconds of each side and of its stages."""
+
+    def draw(side: Side) -> None:
+        side.draw(prompts, seed)
+        wait(side.work.device)
+
+    totals = turns.run({name: partial(draw, side) for name, side in sides.items()})
+    seconds = {}
+    for name, side in sides.items():
+        stages = side.clock.read()
+        seconds[name] = {"total": totals[name], **{stage: stages.get(stage, 0.0) for stage in STAGES}}
+    return seconds
 
 
 def _relative_error(ours: Side, theirs: Side) -> dict[str, float]:

@@ -26,11 +26,14 @@ class YesNo:
     Args:
         weights: folder of the model with its processor, or ``hf://organisation/repository``.
         device: "auto", or a torch device.
+
+    Raises:
+        ValueError: for a single file, or a seed: architecture and words come from the folder.
     """
 
     def __init__(self, weights: str | None = None, device: str = "auto") -> None:
         located = locate(weights, WEIGHTS, "metric.dpg_vlm.answerer.weights")
-        if located.path is None:
+        if located.path is None or not located.path.is_dir():
             raise ValueError(f"weights={weights}: needs a folder, which says the architecture and the words")
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
