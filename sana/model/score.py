@@ -15,6 +15,8 @@ from sana.model.found import HELD_OUT, MAIN, Images, Lines, find_images
 from sana.model.journal import measure
 from sana.run.records import to_json, write_atomically
 
+EXTREMES = 4  # images with the highest and with the lowest scores that are named
+
 
 class Metric(Protocol):
     """Scores images; `clusters` says which prompt of the list each image belongs to.
@@ -54,9 +56,9 @@ def score_folder(
         console: where a progress bar goes; None for none.
 
     Returns:
-        ``{"metric", "value", "interval", "n", "overall", "tasks", "held_out", <name>..., "figures", "settings",
-        "files"}``: see `sana.run.results`. Settings are those that all sidecars share; one that differs between
-        images lists its values.
+        ``{"metric", "value", "interval", "n", "overall", "tasks", "held_out", <name>..., "extremes", "figures",
+        "settings", "files"}``: see `sana.run.results`. Settings are those that all sidecars share; one that differs
+        between images lists its values.
 
     Raises:
         ValueError: see `find_images`; no metric, or two that judge tasks.
@@ -80,7 +82,10 @@ def score_folder(
                 continue
             scores = folder / "scores" if beside is None else beside.with_name(f"{beside.name}.scores")
             with watched(Images([p for p, _ in pairs], [r for _, r in pairs]), name, console) as images:
-                answer = _ask(metric, images, prompts, clusters, scores / name, about)
+                answer, rows = _ask(metric, images, prompts, clusters, scores / name, about)
+            if split == MAIN and rows and "score" in rows[0]:
+                named = [(str(path.relative_to(folder)), record) for path, record in pairs]
+                results.setdefault("extremes", {})[name] = extremes(named, [row["score"] for row in rows])
             for verdict in answer.pop("verdicts", ()):
                 path, record = pairs[verdict["index"]]
                 verdicts.append(_verdict_line(path.relative_to(folder), record, verdict))
@@ -129,10 +134,32 @@ def watched(images: Sequence[Any], name: str, console: Console | None) -> Iterat
 
 def _ask(
     metric: Any, images: Sequence[Any], prompts: list[Any], clusters: list[Any], scores: Path, about: Any
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The metric's answer, and what it says of each image if it judges them one by one."""
     if hasattr(metric, "measure") and hasattr(metric, "settings"):
-        return metric.summary(measure(metric, images, prompts, scores, about), clusters)
-    return metric(images, prompts, clusters)
+        rows = measure(metric, images, prompts, scores, about)
+        return metric.summary(rows, clusters), rows
+    return metric(images, prompts, clusters), []
+
+
+def extremes(images: Sequence[tuple[str, Mapping[str, Any]]], scores: Sequence[float]) -> dict[str, Any]:
+    """The images with the highest and the lowest scores, from either end, none of them twice.
+
+    Args:
+        images: name and record of each.
+        scores: of each.
+
+    Returns:
+        ``{"best": [{"filename", "prompt", "score"}, ...], "worst": [...]}``, up to `EXTREMES` each.
+    """
+    order = sorted(range(len(scores)), key=lambda i: (-scores[i], i))
+    count = min(EXTREMES, len(order) // 2)
+
+    def tell(i: int) -> dict[str, Any]:
+        name, record = images[i]
+        return {"filename": name, "prompt": (record.get("metadata") or {}).get("prompt"), "score": scores[i]}
+
+    return {"best": [tell(i) for i in order[:count]], "worst": [tell(i) for i in order[::-1][:count]]}
 
 
 def _settings_of(answer: Mapping[str, Any]) -> dict[str, Any]:

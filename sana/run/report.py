@@ -16,7 +16,7 @@ from typing import Any
 from sana.run.report_charts import clip_path, smooth
 from sana.run.report_curves import curves
 from sana.run.report_page import page
-from sana.run.report_pictures import examples, grid_over_training
+from sana.run.report_pictures import examples, extremes, grid_over_training
 from sana.run.report_read import Run, read_run
 from sana.run.results import read_results
 from sana.run.sidecar import replace_bytes
@@ -58,6 +58,7 @@ def make_report(run_dir: str | Path, results: Mapping[str, Any] | None = None, p
         ("samples", "What it draws", _samples(run)),
         ("curves", "How it learned", curves(run.series)),
         ("accuracy", "What it gets right", _accuracy(run, figures)),
+        ("extremes", "Highest and lowest scores", _extremes(results)),
         ("settings", "Settings", _settings(run, results)),
         ("files", "Where everything lies", _files(run, results)),
     ]
@@ -207,6 +208,11 @@ def _accuracy(run: Run, figures: Mapping[str, Any]) -> str:
         f'<p class="lead">{lead}{held}</p><div class="card scroll"><table><thead><tr>{head}</tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table></div>{shots}"
     )
+
+
+def _extremes(results: Mapping[str, Any]) -> str:
+    folder = (results.get("files") or {}).get("images")
+    return "".join(extremes(folder, name, ends) for name, ends in (results.get("extremes") or {}).items() if folder)
 
 
 def _row(title: str, figure: Mapping[str, Any], kind: str = "") -> str:

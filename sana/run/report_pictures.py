@@ -1,4 +1,5 @@
-"""Pictures of a report: the sample grid over training, and images that the scorer called right or wrong."""
+"""Pictures of a report: the sample grid over training, images that the scorer called right or wrong, and those with the
+highest and lowest scores."""
 
 from __future__ import annotations
 
@@ -101,6 +102,22 @@ def examples(verdicts: Sequence[Mapping[str, Any]], titles: Mapping[str, str]) -
                 f'<div class="card task"><h3>{escape(title)}</h3><div class="pair">{"".join(sides)}</div></div>'
             )
     return "".join(blocks)
+
+
+def extremes(folder: str | Path, name: str, ends: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """The images of a folder that a metric scored highest and lowest, each with its prompt and score."""
+    sides = []
+    for key, title in (("best", "Highest"), ("worst", "Lowest")):
+        shots = []
+        for entry in ends.get(key, ()):
+            prompt = str(entry.get("prompt") or entry["filename"])
+            picture = from_file(Path(folder) / entry["filename"], f"{title}: {prompt}")
+            caption = f"<figcaption>{escape(prompt)}<small>{entry['score']:.4g}</small></figcaption>"
+            shots.append(f'<figure class="shot">{picture}{caption}</figure>' if picture else "")
+        sides.append(
+            f'<div><h4>{title}</h4><div class="shots">{"".join(shots) or "<p class=label>none</p>"}</div></div>'
+        )
+    return f'<div class="card task"><h3>{escape(name)}</h3><div class="pair">{"".join(sides)}</div></div>'
 
 
 def _shots(verdicts: Sequence[Mapping[str, Any]]) -> str:

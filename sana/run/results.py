@@ -3,7 +3,8 @@ console.
 
 Keys of the file: `metric`, `value`, `interval` and `n` of the metric that was asked for first; `overall`, `tasks`
 {task: number}, `held_out` and one number per further metric (`fid_scenes`) for programs that want a number; `figures`,
-the same with interval, n and settings of each; `settings`, what the first number and the images depend on; `steps`,
+the same with interval, n and settings of each; `extremes`, the images with the highest and lowest scores of each metric
+that scores them one by one; `settings`, what the first number and the images depend on; `steps`,
 `seconds` and `peak_rss_gib` of training and evaluation together; `commit`; `files`, where images and verdicts lie.
 """
 

@@ -8,14 +8,18 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
+from PIL import Image
 from rich.console import Console
 
 from sana.metric.features import SCENE_FEATURES, scene_features
 from sana.metric.frechet import Frechet
 from sana.metric.geneval_scenes import GenEvalScenes
+from sana.metric.mean_reward import MeanReward
 from sana.model.evaluate import draw_folder, evaluate, image_seed
 from sana.model.found import find_images
 from sana.model.score import score_folder
+from sana.run.results import read_results
 from sana.run.sidecar import read_sidecar
 
 SETTINGS = {
@@ -444,3 +448,30 @@ def test_two_ranks_share_drawing_and_scoring(tmp_path):
         {k: v for k, v in pixels(tmp_path / name).items() if k.endswith(".png")} for name in ("images", "calm")
     )
     assert drawn == calm
+
+
+class Brightness:
+    """Scores an image by its mean."""
+
+    def __init__(self) -> None:
+        self.settings = {"reward": "brightness"}
+
+    def __call__(self, images, prompts):
+        return torch.tensor([image.mean() for image in images])
+
+
+def test_the_ends_of_a_score_are_named_and_shown(tmp_path):
+    draw(tmp_path / "drawn", Artist(), samples=1, prompts=PROMPTS[:7])
+    results = evaluate(tmp_path / "drawn", {"brightness": MeanReward(Brightness(), resamples=10)})
+    files = [p for p in sorted((tmp_path / "drawn").rglob("*.png")) if "held_out" not in str(p)]
+    means = {str(p.relative_to(tmp_path / "drawn")): np.asarray(Image.open(p)).mean() for p in files}
+    order = sorted(means, key=means.__getitem__)
+    ends = results["extremes"]["brightness"]
+    assert [e["filename"] for e in ends["worst"]] == order[:3], "of seven images none is at both ends"
+    assert [e["filename"] for e in ends["best"]] == order[:-4:-1]
+    assert ends["best"][0]["score"] == pytest.approx(means[order[-1]])
+    page = (tmp_path / "drawn" / "report.html").read_text()
+    assert "Highest and lowest scores" in page
+    for entry in (*ends["best"], *ends["worst"]):
+        assert f"<small>{entry['score']:.4g}</small>" in page
+    assert read_results(tmp_path / "drawn" / "results.json")["extremes"] == json.loads(json.dumps(results["extremes"]))
