@@ -138,7 +138,7 @@ def torment(
             start,
             f"kill {len(lost)}{' in a save' if aimed else ''} at update {last_step(run)}, saved {saved_step(run)}",
         )
-    code = wait(launch(command, log)) if saved_step(run) < options.steps else 0
+    code = wait(launch(command, log))  # also after a kill in the last save: it cleans up
     if code:
         raise SystemExit(f"kill_resume: the resumed run failed with exit code {code}; see {log.name}")
     return lost, len(lost)
