@@ -16,7 +16,8 @@ def keep_pages(limit: int = TRAINING) -> bool:
     """Let glibc keep freed blocks of up to `limit` bytes instead of giving them back to the kernel.
 
     By default a block of more than some megabytes is mapped when allocated and unmapped when freed, so each step of
-    training on a CPU pays for zeroing the pages of its activations again: up to a tenth of a small network's step.
+    training on a CPU pays for zeroing the pages of its activations again: up to a tenth of a small network's step. The
+    free end of the heap is kept up to TRAINING bytes, whatever `limit` is; `give_back` returns it.
 
     Returns:
         Whether it took effect; False where the C library is another one.
@@ -27,7 +28,7 @@ def keep_pages(limit: int = TRAINING) -> bool:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):
         return False
-    return bool(mallopt(M_MMAP_THRESHOLD, limit)) and bool(mallopt(M_TRIM_THRESHOLD, limit))
+    return bool(mallopt(M_MMAP_THRESHOLD, limit)) and bool(mallopt(M_TRIM_THRESHOLD, TRAINING))
 
 
 def one_arena() -> None:
