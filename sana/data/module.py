@@ -27,6 +27,7 @@ from sana.data.record import BadSample, Limits
 from sana.data.scene_shards import write_scene_shards
 from sana.data.source import Source
 from sana.data.stream import Cell, Filter, Stream
+from sana.scenes import TASKS
 from sana.types import Batch
 
 
@@ -346,6 +347,8 @@ class ScenesData(ShardsData):
         count: training images.
         held: images of the validation split.
         world_seed: seed of the generator (not of the run: two runs with different seeds share the data).
+        tasks: weights of the tasks among the training images; those that have one make up the validation split, all
+            equally often. None: all six, equally often.
         batch_size, caption, size, micro_batch, cache_latents, cache_text, num_workers, validation, max_bad_fraction,
             inspect, seed: as in `ShardsData`.
     """
@@ -392,7 +395,11 @@ class ScenesData(ShardsData):
         super().prepare_data()
 
     def write(self) -> None:
-        """Make the training and validation shards; returns at once where they exist."""
-        workers = os.cpu_count() or 1
+        """Make the training and validation shards; returns at once where they exist.
+
+        Validation has the tasks that are trained, all equally often, whatever their weights.
+        """
+        workers, trained = os.cpu_count() or 1, [t for t in TASKS if self.tasks is None or self.tasks.get(t)]
+        alike = None if len(trained) == len(TASKS) else dict.fromkeys(trained, 1.0)
         write_scene_shards(self.folders[0], self.count, self.world_seed, "train", tasks=self.tasks, workers=workers)
-        write_scene_shards(self.folders[0], self.held, self.world_seed + 1, "val", workers=workers)
+        write_scene_shards(self.folders[0], self.held, self.world_seed + 1, "val", tasks=alike, workers=workers)

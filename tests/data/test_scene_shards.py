@@ -16,13 +16,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from scipy.stats import binomtest
+from scipy.stats import binomtest, chisquare
 
 from sana.data import scene_shards
+from sana.data.caption import PowerScore
 from sana.data.formats.open import open_source
+from sana.data.module import ScenesData
 from sana.data.scene_shards import encode_png, write_scene_shards
 from sana.data.synthetic import GENERATOR, example
-from sana.scenes import HELD_OUT, combinations
+from sana.scenes import HELD_OUT, TASKS, combinations
 
 ROOT = Path(__file__).parents[2]
 write = write_scene_shards
@@ -220,6 +222,16 @@ def test_tasks_come_by_weight(tmp_path: Path) -> None:
         write(tmp_path / "b", 4, 3, tasks={"positions": 1.0}, progress=False)
     with pytest.raises(ValueError, match="not all zero"):
         write(tmp_path / "b", 4, 3, tasks={"position": 0.0}, progress=False)
+
+
+@pytest.mark.parametrize("tasks", [{"position": 9.0, "counting": 1.0, "colors": 0.0}, None])
+def test_validation_has_the_trained_tasks_equally_often(tmp_path: Path, tasks: dict[str, float] | None) -> None:
+    data = ScenesData(str(tmp_path), 4, PowerScore(), count=8, held=240, tasks=tasks)
+    data.write()
+    source = open_source(tmp_path, split="val")
+    found = Counter(source.record(i).meta["tag"] for i in range(len(source)))
+    assert found.keys() == ({"position", "counting"} if tasks else set(TASKS))
+    assert chisquare(list(found.values())).pvalue > 0.01
 
 
 def test_index_is_that_of_a_source(written: Path, tmp_path: Path) -> None:
