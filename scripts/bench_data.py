@@ -137,9 +137,9 @@ def count_flips(shards: Path) -> dict[str, int]:
     copy.mkdir(exist_ok=True)
     index = open_source(shards).index
     first = index.shards[0]["name"]
-    shutil.copy(shards / first, copy / first)
-    for path in shards.glob("*index*"):
-        shutil.copy(path, copy / path.name)
+    for path in shards.iterdir():
+        if path.is_file():
+            shutil.copy(path, copy / path.name)
     source, rng = open_source(copy), np.random.default_rng(1)
     mine = np.flatnonzero(np.asarray(index.column("shard")) == 0)
     caught = decoder = 0

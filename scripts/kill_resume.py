@@ -65,9 +65,7 @@ def main() -> int:
             f"left, {time.monotonic() - start:.0f} s: {difference or 'equal bit for bit'}"
         )
         if kills < options.kills:
-            print(
-                f"kill_resume: the run ended after {kills} of {options.kills} kills: give it more --steps"
-            )
+            print(f"kill_resume: the run ended after {kills} of {options.kills} kills: give it more --steps")
         return 1 if difference or left or kills < options.kills else 0
     finally:
         if not options.folder:

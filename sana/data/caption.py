@@ -8,9 +8,9 @@ caption whoever loads it. A rule is called as ``rule(captions, u)`` and gives th
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class Caption(NamedTuple):
@@ -25,6 +25,31 @@ class Caption(NamedTuple):
     source: str
     text: str
     score: float | None = None
+
+
+class Captions(Sequence[Caption]):
+    """Captions of a sample that are read when they are asked for: a rule looks at scores, and most texts are not used.
+
+    Args:
+        scores: of all of them, None where unknown.
+        read: number -> caption.
+    """
+
+    __slots__ = ("_read", "scores")
+
+    def __init__(self, scores: list[float | None], read: Callable[[int], Caption]) -> None:
+        self.scores, self._read = scores, read
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+    def __getitem__(self, k: Any) -> Any:
+        """Caption k, or those of a slice."""
+        if isinstance(k, slice):
+            return [self[i] for i in range(*k.indices(len(self)))]
+        if not -len(self) <= k < len(self):
+            raise IndexError(k)
+        return self._read(k % len(self))
 
 
 @dataclass(frozen=True)
@@ -51,25 +76,22 @@ class PowerScore:
         Raises:
             ValueError: there is no caption, or a score is negative or not a number.
         """
-        if not captions:
+        scores = _scores_of(captions)
+        if not scores:
             raise ValueError(_NONE)
         best = -1.0
-        for caption in captions:  # one pass without lists: this is done for every sample of a training
-            score = caption.score
+        for k, score in enumerate(scores):
             if score is not None:
                 if not score >= 0:
-                    raise ValueError(f"the score of a caption is not negative, got {score} from {caption.source}")
+                    raise ValueError(f"the score of a caption is not negative, got {score} from {captions[k].source}")
                 best = max(best, score)
         if best < 0 or best < self.threshold:
-            return _fallback(captions, [caption.score for caption in captions])
-        power = 1 / self.temperature
-        weights = [
-            0.0 if caption.score is None or caption.score < self.threshold else (caption.score / (best or 1.0)) ** power
-            for caption in captions
-        ]
+            return _fallback(captions, scores)
+        power, highest = 1 / self.temperature, best or 1.0
+        weights = [0.0 if s is None or s < self.threshold else (s / highest) ** power for s in scores]
         total = sum(weights)
         if not total:  # the best score, and so each candidate's, is zero
-            weights = [float(caption.score is not None) for caption in captions]
+            weights = [float(score is not None) for score in scores]
             total = sum(weights)
         return [weight / total for weight in weights]
 
@@ -151,13 +173,18 @@ def _check_temperature(temperature: float) -> None:
         raise ValueError(f"the temperature of a caption choice is positive, got {temperature}")
 
 
+def _scores_of(captions: Sequence[Caption]) -> list[float | None]:
+    return captions.scores if isinstance(captions, Captions) else [caption.score for caption in captions]
+
+
 def _scores(captions: Sequence[Caption]) -> list[float | None]:
-    if not captions:
+    if not len(captions):
         raise ValueError(_NONE)
-    for caption in captions:
-        if caption.score is not None and math.isnan(caption.score):
-            raise ValueError(f"the score of the caption from {caption.source} is not a number")
-    return [caption.score for caption in captions]
+    scores = _scores_of(captions)
+    for k, score in enumerate(scores):
+        if score is not None and math.isnan(score):
+            raise ValueError(f"the score of the caption from {captions[k].source} is not a number")
+    return scores
 
 
 def _fallback(captions: Sequence[Caption], scores: list[float | None]) -> list[float]:
@@ -182,12 +209,12 @@ def _pick(captions: Sequence[Caption], probabilities: list[float], u: float) -> 
     """Inverse of the cumulative distribution at u; a caption of probability 0 is never picked."""
     if not 0 <= u < 1:
         raise ValueError(f"the uniform number of a caption choice is in [0, 1), got {u}")
-    cumulative, last = 0.0, None
-    for caption, p in zip(captions, probabilities, strict=True):
+    cumulative, chosen = 0.0, None
+    for k, p in enumerate(probabilities):
         if p > 0:
             cumulative += p
-            last = caption
+            chosen = k
             if u < cumulative:
-                return caption
-    assert last is not None  # probabilities sum to 1; rounding left the sum just below it
-    return last
+                break
+    assert chosen is not None  # probabilities sum to 1; where rounding left the sum below u, the last one is taken
+    return captions[chosen]

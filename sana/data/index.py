@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from sana.data.caption import Caption
+from sana.data.caption import Caption, Captions
 
 VERSION = 1
 """Of the file format; an index of another version is refused."""
@@ -254,6 +254,16 @@ class Index:
         sources, texts = self._caption_source.several(first, last), self._caption_text.several(first, last)
         scores = [None if score != score else score for score in self._caption_score[first:last].tolist()]
         return tuple(map(Caption, sources, texts, scores))
+
+    def choices(self, i: int) -> Captions:
+        """The captions of sample i, each read when it is asked for."""
+        first, last = self._caption_ends[i : i + 2].tolist()
+        scores = [None if score != score else score for score in self._caption_score[first:last].tolist()]
+
+        def read(k: int) -> Caption:
+            return Caption(self._caption_source[first + k], self._caption_text[first + k], scores[k])
+
+        return Captions(scores, read)
 
     def caption_counts(self) -> np.ndarray:
         """Number of captions of each sample, int64."""

@@ -6,7 +6,13 @@ micro-batches. Every sample carries its position, so nothing in a batch depends 
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import math
+import multiprocessing
+import os
+import signal
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -106,6 +112,10 @@ class MicroBatches:
             position += self.planner.batch
 
 
+_DRAWN = 1024
+"""Positions whose uniform numbers are drawn together."""
+
+
 class Samples(Dataset[Batch]):
     """Loads micro-batches out of sources.
 
@@ -133,6 +143,7 @@ class Samples(Dataset[Batch]):
         self.sources, self.choice, self.seed = list(sources), choice, seed
         self.lanczos, self.latents, self.text, self.flip = lanczos, latents, text, flip
         self.starts = np.cumsum([0, *(len(source) for source in self.sources)])
+        self._drawn: tuple[int, list[float]] = (-1, [])
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -166,7 +177,7 @@ class Samples(Dataset[Batch]):
             room: bytes in which its images or latents are to lie, where they fit.
         """
         index = torch.tensor([slot.position for slot in slots], dtype=torch.int64)
-        draws = uniform(self.seed, index, "caption").tolist()
+        draws = self._draws(slots, index)
         places, captions, bad = self.locate([slot.sample for slot in slots]), [], {}
         for k, ((source, i), u) in enumerate(zip(places, draws, strict=True)):
             caption = Caption("", "")
@@ -196,6 +207,18 @@ class Samples(Dataset[Batch]):
             text=text,
             text_mask=mask,
         )
+
+    def _draws(self, slots: list[Slot], index: Tensor) -> list[float]:
+        """Uniform numbers for the choice of captions. They are drawn for many positions at a time: the next micro-batch
+        continues this one, and drawing takes the same time for a thousand numbers as for ten."""
+        first, last = slots[0].position, slots[-1].position
+        block = first // _DRAWN
+        if last // _DRAWN != block or [slot.position for slot in slots] != list(range(first, first + len(slots))):
+            return uniform(self.seed, index, "caption").tolist()
+        if self._drawn[0] != block:
+            positions = torch.arange(block * _DRAWN, (block + 1) * _DRAWN)
+            self._drawn = block, uniform(self.seed, positions, "caption").tolist()
+        return self._drawn[1][first - block * _DRAWN : last + 1 - block * _DRAWN]
 
     def caption(self, source: Any, i: int, u: float) -> Caption:
         """The caption of sample i of a source that u selects.
@@ -314,10 +337,15 @@ class _Loading(Dataset[Batch]):
         return Sent(self.buffers, task.buffer, batch, "image" if batch.latent is None else "latent") if away else batch
 
 
-_AHEAD = 2
-"""Micro-batches that each worker prepares in advance."""
+_AHEAD, _AHEAD_BYTES = (2, 8), 64 << 20
+"""Micro-batches that each worker prepares in advance: as many as fit into so many bytes, within bounds. Small ones are
+ready faster than processes wake each other."""
 _HELD = 3
 """Micro-batches that the trainer has at a time: the one it works on, the next one, and one to spare."""
+
+
+_DEATH_SIGNAL = 1
+"""PR_SET_PDEATHSIG of Linux's prctl.h."""
 
 
 def loader(samples: Samples, batches: MicroBatches, workers: int = 0) -> DataLoader[Any]:
@@ -329,16 +357,31 @@ def loader(samples: Samples, batches: MicroBatches, workers: int = 0) -> DataLoa
         workers: processes that load; 0 loads in this one.
     """
     largest = max(3 * h * w for h, w in batches.sizes) if samples.latents is None else samples.latents.largest
-    buffers = Buffers(_HELD + _AHEAD * workers, batches.micro * largest)
+    size = max(batches.micro * largest, 1)
+    ahead = min(max(_AHEAD_BYTES // size, _AHEAD[0]), _AHEAD[1])
+    buffers = Buffers(_HELD + ahead * workers, size)
     return DataLoader(
         _Loading(samples, buffers),
         batch_sampler=_Tasks(batches, buffers),  # type: ignore[arg-type]
         num_workers=workers,
         collate_fn=_whole,  # type: ignore[arg-type]
         persistent_workers=workers > 0,
-        prefetch_factor=_AHEAD if workers else None,
+        prefetch_factor=ahead if workers else None,
         pin_memory=torch.cuda.is_available(),
+        worker_init_fn=_end_with_trainer,
     )
+
+
+def _end_with_trainer(worker: int) -> None:
+    """A worker whose trainer was killed would wait for ever to hand over a batch that is larger than a pipe, and hold
+    memory and whatever the trainer's output went to. On Linux the kernel ends it too."""
+    if sys.platform.startswith("linux"):
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).prctl(_DEATH_SIGNAL, signal.SIGKILL)
+        trainer = multiprocessing.parent_process()
+        direct = multiprocessing.get_start_method() != "forkserver"
+        if direct and trainer is not None and os.getppid() != trainer.pid:
+            os._exit(1)  # it was killed before the kernel was asked
 
 
 def _whole(batch: Batch) -> Batch:

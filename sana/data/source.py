@@ -125,7 +125,7 @@ class Source:
 
     def captions(self, i: int) -> Sequence[Caption]:
         """The captions of sample i as the index has them; none of its bytes are read."""
-        return self.index.captions(i)
+        return self.index.choices(i)
 
     def image(self, i: int, size: tuple[int, int] | None = None) -> np.ndarray:
         """Pixels of sample i, uint8 (H, W, 3), upright RGB; perhaps read-only.

@@ -6,7 +6,7 @@ import pytest
 import torch
 from scipy import special, stats
 
-from sana.data.caption import Caption, PowerScore, Proportion, SoftmaxScore
+from sana.data.caption import Caption, Captions, PowerScore, Proportion, SoftmaxScore
 from sana.ops.random import uniform
 
 FOUR = [
@@ -120,3 +120,26 @@ def test_both_ends_of_the_unit_interval_pick_a_possible_caption(rule):
 def test_bad_input_is_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_captions_are_read_only_when_they_are_asked_for():
+    read = []
+
+    def reader(k):
+        read.append(k)
+        return (Caption("a", "x", 30.0), Caption("b", "y", 26.0), Caption("c", "z", 20.0))[k]
+
+    lazy, eager = Captions([30.0, 26.0, 20.0], reader), [reader(k) for k in range(3)]
+    for rule in (PowerScore(1.0, 25.0), SoftmaxScore(5.0)):
+        for u in (0.0, 0.3, 0.6, 0.99):
+            read.clear()
+            chosen = rule(lazy, u)
+            assert chosen == rule(eager, u)
+            assert len(read) == 1
+        assert rule.probabilities(lazy) == rule.probabilities(eager)
+    assert list(lazy) == lazy[:] == eager
+    assert (lazy[-1], len(lazy), lazy[1:]) == (eager[2], 3, eager[1:])
+    with pytest.raises(IndexError):
+        lazy[3]
+    with pytest.raises(ValueError, match=r"not negative, got -1\.0 from b"):
+        PowerScore()(Captions([1.0, -1.0, 2.0], reader), 0.5)

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import time
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +18,7 @@ from sana.data.caption import PowerScore, Proportion
 from sana.data.loader import MicroBatches, Samples, Slot, loader, to_float
 from sana.data.planner import plan
 from sana.data.transform import resize_and_crop
+from sana.ops.random import uniform
 from sana.types import Batch
 
 CHOICE = Proportion({"short": 1.0, "long": 1.0})
@@ -74,6 +80,14 @@ def test_a_caption_depends_on_the_position_alone() -> None:
     part = samples.__getitems__(slots([k % 3 for k in range(100, 110)], first=100))
     assert part.caption == whole.caption[100:110]
     assert part.source == whole.source[100:110]
+
+
+@pytest.mark.parametrize("first", [0, 1019, 1020, 5000])
+def test_numbers_drawn_ahead_are_those_of_the_positions(first: int) -> None:
+    samples, where = Samples([Pictures(9)], CHOICE, 3), slots([0, 5, 2, 8, 8], first=first)
+    for some in (where, where[::-1], [where[0], where[3]], where[1:2], where):
+        index = torch.tensor([slot.position for slot in some])
+        assert samples._draws(some, index) == uniform(3, index, "caption").tolist()
 
 
 def test_scores_choose_among_captions() -> None:
@@ -138,6 +152,50 @@ def test_workers_change_nothing() -> None:
         runs.append(list(islice(loader(Samples([pictures], CHOICE, 0), batches, workers), 24)))
     assert all(same(a, b) for a, b in zip(*runs, strict=True))
     assert sum(len(batch.bad) for batch in runs[0]) > 0
+
+
+TRAINER = """
+import os, sys
+import numpy as np
+from memory_source import Pictures
+from sana.data.caption import Caption, Proportion
+from sana.data.loader import MicroBatches, Samples, loader
+from sana.data.planner import plan
+
+class Wordy(Pictures):
+    def captions(self, i):
+        return (Caption("long", "x" * 100_000),)
+
+batches = MicroBatches(plan([np.arange(9)], None, 4, 0), [(8, 8)])
+made = iter(loader(Samples([Wordy(9)], Proportion({"long": 1.0}), 0), batches, 2))
+next(made)
+print(*(worker.pid for worker in made._workers), flush=True)
+os.kill(os.getpid(), 9)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the kernel's part is Linux's")
+def test_workers_end_with_a_trainer_that_is_killed() -> None:
+    """Their next batches do not fit into a pipe that nobody reads any more."""
+    path = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[2])])
+    process = subprocess.Popen(
+        [sys.executable, "-c", TRAINER], stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": path}
+    )
+    said, _ = process.communicate(timeout=120)  # waits for all who hold the output: the workers too
+    assert process.returncode == -9
+    assert len(said.split()) == 2
+    deadline = time.monotonic() + 10
+    while any(_is_alive(pid) for pid in said.split()):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def _is_alive(pid: str) -> bool:
+    """Whether a process has not ended; a zombie has, whoever adopted it has not asked yet."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def test_pixels_span_minus_one_to_one() -> None:
