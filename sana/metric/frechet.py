@@ -18,9 +18,11 @@ from typing import Any, Self
 
 import numpy as np
 import torch
+from scipy.linalg import eigh, lapack
 from torch import Tensor
 
 FULL_RANK = 1e-10  # least ratio of Cholesky pivots; below it rounding noise would count as variance
+NOISE = 1e-12  # of the greatest eigenvalue of a product; a smaller one is not known well enough to take its root
 
 Features = Callable[[Tensor], Tensor]
 """uint8 images (n, h, w, 3) -> features (n, d)."""
@@ -144,16 +146,23 @@ def _cholesky(covariance: Tensor) -> Tensor | None:
 
 
 def _distance(mean_a: Tensor, cov_a: Tensor, mean_b: Tensor, cov_b: Tensor, root_b: Tensor) -> float:
-    if root_b.shape[1] == len(root_b) and _cholesky(cov_a) is not None:
-        product = root_b.T @ cov_a @ root_b
-        trace = torch.linalg.eigvalsh((product + product.T) / 2).clamp_min(0).sqrt().sum()
-    else:
-        # Null directions of the product would each add the square root of its rounding noise; the singular values of
-        # R_a' R_b are these square roots, without squaring first.
-        trace = torch.linalg.svdvals(matrix_root(cov_a).T @ root_b).sum()
     delta = mean_a - mean_b
-    distance = delta @ delta + torch.trace(cov_a) + torch.trace(cov_b) - 2 * trace
+    distance = delta @ delta + torch.trace(cov_a) + torch.trace(cov_b) - 2 * _trace_of_root(cov_a, root_b)
     return max(float(distance), 0.0)
+
+
+def _trace_of_root(cov_a: Tensor, root_b: Tensor) -> float:
+    """tr (R_b' S_a R_b)^(1/2)."""
+    if root_b.shape[1] == len(root_b):
+        # LAPACK's reduction of a generalised problem makes L' S L of a triangle L in half the operations of products.
+        # Its arrays are columns, these are rows: what is lower here is upper there.
+        product, _ = lapack.dsygst(cov_a.cpu().numpy().T, root_b.cpu().numpy().T, itype=2, lower=0)
+        values = eigh(product, lower=False, eigvals_only=True, driver="evd", overwrite_a=True, check_finite=False)
+        if values[0] > NOISE * values[-1]:
+            return float(np.sqrt(values).sum())
+    # Null directions of the product would each add the square root of its rounding noise; the singular values of
+    # R_a' R_b are these square roots, without squaring first.
+    return float(torch.linalg.svdvals(matrix_root(cov_a).T @ root_b).sum())
 
 
 class Frechet:
