@@ -22,7 +22,6 @@ from scipy.linalg import eigh, lapack
 from torch import Tensor
 
 FULL_RANK = 1e-10  # least ratio of Cholesky pivots; below it rounding noise would count as variance
-NOISE = 1e-12  # of the greatest eigenvalue of a product; a smaller one is not known well enough to take its root
 
 Features = Callable[[Tensor], Tensor]
 """uint8 images (n, h, w, 3) -> features (n, d)."""
@@ -153,13 +152,14 @@ def _distance(mean_a: Tensor, cov_a: Tensor, mean_b: Tensor, cov_b: Tensor, root
 
 def _trace_of_root(cov_a: Tensor, root_b: Tensor) -> float:
     """tr (R_b' S_a R_b)^(1/2)."""
-    if root_b.shape[1] == len(root_b):
+    if root_b.shape[1] == len(root_b) and _cholesky(cov_a) is not None:
         # LAPACK's reduction of a generalised problem makes L' S L of a triangle L in half the operations of products.
-        # Its arrays are columns, these are rows: what is lower here is upper there.
-        product, _ = lapack.dsygst(cov_a.cpu().numpy().T, root_b.cpu().numpy().T, itype=2, lower=0)
-        values = eigh(product, lower=False, eigvals_only=True, driver="evd", overwrite_a=True, check_finite=False)
-        if values[0] > NOISE * values[-1]:
-            return float(np.sqrt(values).sum())
+        # Its arrays are columns, these are rows: what is lower here is upper there. The eigenvalues are taken of the
+        # lower half: large entries come first, and so small eigenvalues keep their digits.
+        reduce: Any = lapack.dsygst  # type: ignore[attr-defined]  # made at import
+        product, _ = reduce(cov_a.cpu().numpy().T, root_b.cpu().numpy().T, itype=2, lower=0)
+        values = eigh(product.T, lower=True, eigvals_only=True, driver="evd", overwrite_a=True, check_finite=False)
+        return float(np.sqrt(values.clip(0)).sum())
     # Null directions of the product would each add the square root of its rounding noise; the singular values of
     # R_a' R_b are these square roots, without squaring first.
     return float(torch.linalg.svdvals(matrix_root(cov_a).T @ root_b).sum())

@@ -237,3 +237,17 @@ def test_scene_features_are_per_image_and_mean_what_they_say():
     assert scene_features(red)[0, :48].nonzero().flatten().tolist() == [0]
     with pytest.raises(ValueError, match="at least 8"):
         scene_features(torch.zeros(1, 4, 16, 3, dtype=torch.uint8))
+
+
+def test_small_eigenvalues_keep_their_digits():
+    """Features of trained networks have variances over many orders; oracle: singular values, which square nothing."""
+    torch.manual_seed(0)
+    d = 200
+    spread = torch.arange(1, d + 1, dtype=torch.float64) ** -2.0
+    basis, turn = (torch.linalg.qr(torch.randn(d, d, dtype=torch.float64))[0] for _ in range(2))
+    x, y = (torch.randn(2000, d, dtype=torch.float64) * spread for _ in range(2))
+    a, b = stats(x @ basis), stats(1.01 * y @ (torch.eye(d, dtype=torch.float64) + 0.05 * turn) @ basis)
+    roots = [torch.linalg.cholesky(s.covariance) for s in (a, b)]
+    trace = torch.linalg.svdvals(roots[0].T @ roots[1]).sum()
+    expected = (a.mean - b.mean).square().sum() + a.covariance.trace() + b.covariance.trace() - 2 * trace
+    assert frechet_distance(a, b) == pytest.approx(float(expected), rel=1e-10)
