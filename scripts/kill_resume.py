@@ -112,7 +112,8 @@ def torment(
     while len(lost) < options.kills:
         saved, aimed = saved_step(run), len(lost) % 2 == 1
         reach = 2 * (options.steps - saved) / (options.kills - len(lost))
-        latest = options.steps - (2 * options.every if aimed else 2)
+        last = len(lost) + 1 == options.kills
+        latest = options.steps - (2 if last and not aimed else 2 * options.every)
         target = min(saved + 1 + int(draw.uniform(0.0, reach)), max(latest, saved + 1))
         process = launch(command, log)
         pace = await_step(process, run, target)
