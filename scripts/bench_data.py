@@ -279,7 +279,7 @@ def bench(options: argparse.Namespace) -> dict[str, Any]:
     result.update(count_flips(small))
     long = Side("ours", make_long(folder, small)).run(workers=2, seconds=1)
     result["first_batch_s_of_1000000"] = long["first_batch_s"]
-    result["memory_kib_of_1000000"] = long["memory_kib"]
+    result["memory_gib_of_1000000"] = long["memory_gib"]
     result["resident_kib_by_epoch"] = ours.run(workers=0, epochs=10, per_epoch=options.samples)["resident_kib"]
     return result
 

@@ -4,10 +4,10 @@
     python scripts/kill_resume.py --kills 20 --strategy fsdp --workers 2
 
 A tiny recipe is trained once without interruption, and once more with the whole process group killed again and again,
-each time started with the same command (`resume=auto`). Each start is killed after an update of its own that is drawn, so
-that the kills spread over the run; every other one waits for a save to begin. The last line says how many kills there were, how many
-steps they cost, and whether parameters, moving average, optimizer states and the list of samples are equal bit for
-bit, or what differs first. Exit code 0 if equal, 1 if not or if the run ended before all kills.
+each time started with the same command (`resume=auto`). The update after which a start is killed is drawn, so that
+kills spread over the run; every other one waits for a save to begin. The last line says how many kills there were, how
+many steps they cost, and whether parameters, moving average, optimizer states and the list of samples are equal bit
+for bit, or what differs first. Exit code 0 if equal, 1 if not or if the run ended before all kills.
 """
 
 from __future__ import annotations

@@ -30,6 +30,7 @@ from torch.utils.data import DataLoader
 from sana.data.caption import Caption, PowerScore
 from sana.data.decode import decode_image
 from sana.data.transform import resize_and_crop
+from sana.run.environment import peak_rss_gib
 
 CHOICE = PowerScore(temperature=0.1, threshold=25.0)
 SEED = 0
@@ -209,10 +210,7 @@ def measure(batches: Batches, seconds: float, skip: int = 8) -> dict[str, Any]:
     while time.perf_counter() - began < seconds:
         seen += len(next(batches)[1])
     rate = seen / (time.perf_counter() - began)
-    # Not getrusage's, which begins with the peak of the process that started this one.
-    status = Path("/proc/self/status").read_text()
-    peak = int(status.split("VmHWM:")[1].split()[0])
-    return {"samples_per_s": rate, "first_batch_s": first, "samples": seen, "memory_kib": peak}
+    return {"samples_per_s": rate, "first_batch_s": first, "samples": seen, "memory_gib": peak_rss_gib()}
 
 
 def memory(batches: Batches, per_epoch: int, epochs: int, batch: int) -> dict[str, Any]:
