@@ -87,16 +87,11 @@ class Sent:
 
     def __reduce__(self) -> tuple[Any, ...]:
         tensor: Tensor = getattr(self.thing, self.name)
-        small = {
-            name: value.numpy() for name, value in vars(self.thing).items() if name != self.name and _is_small(value)
-        }
-        for name in small:
-            setattr(self.thing, name, None)
         if tensor.data_ptr() != self.buffers.room(self.number).data_ptr():
-            return _arrived, (self.buffers.token, self.number, self.thing, small)
+            return _arrived, (self.buffers.token, self.number, self.thing)
         setattr(self.thing, self.name, None)
         how = (tensor.dtype, tuple(tensor.shape), tensor.stride())
-        return _arrived, (self.buffers.token, self.number, self.thing, small, self.name, *how)
+        return _arrived, (self.buffers.token, self.number, self.thing, self.name, *how)
 
 
 def _attached(handle: Any, number: int, size: int, token: tuple[int, int]) -> Buffers:
@@ -105,20 +100,7 @@ def _attached(handle: Any, number: int, size: int, token: tuple[int, int]) -> Bu
     return buffers
 
 
-def _is_small(value: Any) -> bool:
-    """Whether a tensor goes into the message: to share it costs either process more than a copy."""
-    return isinstance(value, Tensor) and value.dtype in _PLAIN and value.nbytes <= _SMALL
-
-
-_SMALL = 1 << 14
-_PLAIN = (torch.float32, torch.float64, torch.int32, torch.int64, torch.uint8, torch.bool)
-
-
-def _arrived(
-    token: tuple[int, int], number: int, thing: Any, small: dict[str, np.ndarray], name: str = "", *how: Any
-) -> Any:
-    for key, value in small.items():
-        setattr(thing, key, torch.from_numpy(value))
+def _arrived(token: tuple[int, int], number: int, thing: Any, name: str = "", *how: Any) -> Any:
     if name:
         dtype, shape, stride = how
         room = _KNOWN[token].lend(number)
