@@ -104,7 +104,7 @@ def test_a_signal_between_steps_in_a_save_and_in_the_data(tmp_path: Path, monkey
 
     monkeypatch.setattr(sharded, "_write_file", slowly)
     recipe = Toy()
-    fit(recipe, tmp_path / "c", 10**6, callbacks=[Checkpoints(every=5)])
+    fit(recipe, tmp_path / "c", 10**6, callbacks=[Checkpoints(every=5, keep=20)])
     assert recipe.stopped == "SIGTERM"
     assert "step_00000005.ckpt" in saved(tmp_path / "c")
     assert not list((tmp_path / "c" / "checkpoints").glob("*.tmp"))
