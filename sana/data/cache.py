@@ -23,6 +23,8 @@ import torch
 import xxhash
 from torch import Tensor
 
+from sana.data.arrow import numbers
+
 FACTS = "cache.json"
 VERSION = 1
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -181,12 +183,12 @@ class LatentCache:
         self._stride = 1
         self._checksum = np.zeros((len(self), 2), np.uint64)
         for samples, table in self._places.tables:
-            self._shape[samples] = np.stack([table[name].to_numpy() for name in ("c", "h", "w")], axis=1)
-            coded = np.flatnonzero(table["h"].to_numpy())
+            self._shape[samples] = np.stack([numbers(table[name]) for name in ("c", "h", "w")], axis=1)
+            coded = np.flatnonzero(numbers(table["h"]))
             if len(coded):
                 self._stride = table["height"][int(coded[0])].as_py() // table["h"][int(coded[0])].as_py()
-            self._checksum[samples, 0] = table["checksum"].to_numpy()
-            self._checksum[samples, 1] = table["checksum_flipped"].to_numpy()
+            self._checksum[samples, 0] = numbers(table["checksum"])
+            self._checksum[samples, 1] = numbers(table["checksum_flipped"])
 
     def __len__(self) -> int:
         return self._places.count
@@ -229,20 +231,20 @@ class LatentCache:
         """
         if flipped is not None and not self.both:
             raise ValueError(f"{self.folders[0].path} holds each image one way, not both")
-        numbers = np.asarray(samples, np.int64)
-        shard, offset, shapes = self._places.shard[numbers], self._places.offset[numbers], self._shape[numbers]
+        wanted = np.asarray(samples, np.int64)
+        shard, offset, shapes = self._places.shard[wanted], self._places.offset[wanted], self._shape[wanted]
         there = shard >= 0
-        bad = {int(k): self._places.reason(int(numbers[k])) for k in np.flatnonzero(~there)}
+        bad = {int(k): self._places.reason(int(wanted[k])) for k in np.flatnonzero(~there)}
         c, h, w = shapes[there.argmax()].tolist() if there.any() else self._like(size)
         if (shapes[there] != (c, h, w)).any():
             raise ValueError(f"latents of different sizes in one batch: {sorted(set(map(tuple, shapes.tolist())))}")
         length = c * h * w * self.dtype.itemsize
-        which = np.zeros(len(numbers), np.int64) if flipped is None else np.asarray(flipped, np.int64)
-        checksum = self._checksum[numbers, which].tolist()
-        need = len(numbers) * length
+        which = np.zeros(len(wanted), np.int64) if flipped is None else np.asarray(flipped, np.int64)
+        checksum = self._checksum[wanted, which].tolist()
+        need = len(wanted) * length
         if room is None or need > room.numel():
             room = torch.empty(need, dtype=torch.uint8)
-        out = room[:need].view(len(numbers), length)
+        out = room[:need].view(len(wanted), length)
         rows = out.numpy()
         read, digest = self._places.files.read_into, xxhash.xxh3_64_intdigest
         for k, (file, at) in enumerate(zip(shard.tolist(), (offset + which * length).tolist(), strict=True)):
@@ -253,7 +255,7 @@ class LatentCache:
             if not read(file, at, row) or digest(row) != checksum[k]:
                 bad[k] = f"checksum: {self._places.files.name(file)} was changed since it was written"
                 row[:] = 0
-        return out.view(self.dtype).view(len(numbers), c, h, w), bad
+        return out.view(self.dtype).view(len(wanted), c, h, w), bad
 
     def _like(self, size: tuple[int, int] | None) -> tuple[int, int, int]:
         """(c, h, w) of a latent that is not there."""
@@ -277,22 +279,22 @@ class TextCache:
         self.dtype = DTYPES[folders[0].key.dtype]
         self._places = _Places(folders)
         tables = self._places.tables
-        widths = {int(width) for _, table in tables for width in np.unique(table["channels"].to_numpy()) if width}
+        widths = {int(width) for _, table in tables for width in np.unique(numbers(table["channels"])) if width}
         if len(widths) != 1 or len({folder.key.dtype for folder in folders}) != 1:
             raise ValueError("cached features of all sources need one dtype and one width")
         (self.channels,) = widths
         counts = np.zeros(len(self), np.int64)
         for samples, table in tables:
-            counts[samples] = np.diff(np.asarray(table["tokens"].offsets))
+            counts[samples] = np.diff(numbers(table["tokens"].offsets))
         self._first = np.concatenate([[0], np.cumsum(counts)])
         self._tokens = np.zeros(int(self._first[-1]), np.int64)
         self._hash = np.zeros(int(self._first[-1]), np.uint64)
         for samples, table in tables:
-            ends = np.asarray(table["tokens"].offsets)
+            ends = numbers(table["tokens"].offsets)
             each = np.diff(ends)
             at = np.repeat(self._first[samples] - ends[:-1], each) + np.arange(ends[-1])
-            self._tokens[at] = table["tokens"].values.to_numpy()
-            self._hash[at] = table["hash"].values.to_numpy()
+            self._tokens[at] = numbers(table["tokens"].values)
+            self._hash[at] = numbers(table["hash"].values)
 
     def __len__(self) -> int:
         return self._places.count
@@ -413,9 +415,9 @@ class _Places:
         for folder in folders:
             for name in folder.shards:
                 table = _read_table(folder, name)
-                samples = table["sample"].to_numpy() + base
-                self.shard[samples], self.offset[samples] = len(tars), table["offset"].to_numpy()
-                for row in np.flatnonzero(np.asarray(table["bad"].is_valid())):
+                samples = numbers(table["sample"]) + base
+                self.shard[samples], self.offset[samples] = len(tars), numbers(table["offset"])
+                for row in _valid(table["bad"]):
                     self._bad[int(samples[row])] = table["bad"][int(row)].as_py()
                     self.shard[samples[row]] = -1
                 self.tables.append((samples, table))
@@ -428,6 +430,13 @@ class _Places:
         return self._bad.get(i, "missing file: it is not in the cache")
 
 
+def _valid(array: pa.Array) -> list[int]:
+    """Places that are not null."""
+    if array.null_count == len(array):
+        return []
+    return [row for row, known in enumerate(array.is_valid().to_pylist()) if known]
+
+
 def _read_table(folder: CacheFolder, name: str) -> pa.RecordBatch:
     try:
         reader = pa.ipc.open_file(pa.memory_map(str(folder.path / f"{name}.arrow")))
@@ -437,7 +446,7 @@ def _read_table(folder: CacheFolder, name: str) -> pa.RecordBatch:
     tar = folder.path / f"{name}.tar"
     if not tar.is_file() or tar.stat().st_size != size:
         raise StaleCacheError(f"{tar} is not the file its index describes; delete {name}.arrow and cache it anew")
-    samples = table["sample"].to_numpy()
+    samples = numbers(table["sample"])
     if len(samples) and not 0 <= samples.min() <= samples.max() < folder.count:
         raise StaleCacheError(f"{folder.path}: {name}.arrow names samples that the source does not have")
     return table

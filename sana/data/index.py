@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from sana.data.arrow import numbers
 from sana.data.caption import Caption, Captions
 
 VERSION = 1
@@ -195,10 +196,10 @@ class Index:
         self._keys = _Strings(batch["key"])
         self._texts = {name: _Strings(batch[name]) for name in _TEXT if name in batch.schema.names}
         captions = batch["captions"]
-        self._caption_ends = np.asarray(captions.offsets)
+        self._caption_ends = numbers(captions.offsets)
         self._caption_source = _Strings(captions.values.field("source"))
         self._caption_text = _Strings(captions.values.field("text"))
-        self._caption_score = captions.values.field("score").to_numpy()
+        self._caption_score = numbers(captions.values.field("score"))
         self._columns: dict[str, np.ndarray] = {}
 
     @property
@@ -237,7 +238,7 @@ class Index:
             fit = [n for n in self.names if n not in ("key", "captions", *_TEXT)]
             if name not in fit:
                 raise KeyError(f"{self._name} has no column of numbers {name!r}; it has {', '.join(fit)}")
-            self._columns[name] = self._batch[name].to_numpy(zero_copy_only=True)
+            self._columns[name] = numbers(self._batch[name])
         return self._columns[name]
 
     def key(self, i: int) -> str:
