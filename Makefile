@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 RUN ?= runs/demo
 
-.PHONY: setup demo notebooks test slow check lint lock clean
+.PHONY: setup demo scenes notebooks test slow check lint lock clean
 
 setup: $(STAMP)  ## make .venv with exactly what requirements.lock names
 
@@ -18,6 +18,9 @@ $(STAMP): requirements.lock pyproject.toml
 
 demo: setup  ## train the tiny recipe, judge it, draw, and write a report
 	@$(BIN)/python scripts/demo.py
+
+scenes: setup  ## train the base model of the scenes anew, twice, and judge it (two hours on two CPU cores)
+	@PYTHON=$(BIN)/python bash experiments/scenes/run.sh
 
 notebooks: setup  ## execute notebooks/ on small runs that they train themselves
 	@$(BIN)/python scripts/run_notebooks.py
