@@ -1,0 +1,110 @@
+"""How much each block of a network changes its tokens, seen while it works.
+
+Block importance of SANA-1.5 (arXiv:2501.18427, section 3.2), after Men et al. 2024 (arXiv:2403.03853)::
+
+    BI_i = 1 - E[cos(X_i, X_i+1)],
+
+X_i the tokens before and X_i+1 those after block i, over tokens, prompts and all times of sampling. One pass through
+the network gives the numbers of all blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+@runtime_checkable
+class HasBlocks(Protocol):
+    """A network with a list of blocks that map (tokens, ...) to (tokens, ...)."""
+
+    blocks: Sequence[nn.Module]
+
+
+class BlockImportance:
+    """Watches the blocks of a network between ``with`` and its end; may be entered again and goes on counting.
+
+    Every token of every pass has the same weight, those of an unconditional branch included.
+
+    Args:
+        network: anything with `blocks`, such as `sana.network.sana.Sana`.
+    """
+
+    def __init__(self, network: HasBlocks) -> None:
+        self._blocks = list(network.blocks)
+        self._total = torch.zeros(len(self._blocks), dtype=torch.float64)  # of cosines
+        self._tokens = torch.zeros(len(self._blocks), dtype=torch.float64)
+        self._hooks: list[Any] = []
+        self._pending: dict[torch.device, Tensor] = {}  # sums on the devices of the blocks: adding waits for nothing
+
+    def __enter__(self) -> BlockImportance:
+        for i, block in enumerate(self._blocks):
+            self._hooks.append(block.register_forward_hook(self._watch(i)))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+
+    def _watch(self, i: int) -> Any:
+        def watch(block: nn.Module, given: tuple[Any, ...], found: tuple[Any, ...]) -> None:
+            before, after = given[0].detach(), found[0].detach()
+            x, y = before.float(), after.float()
+            cosines = _dot(x, y) * (_dot(x, x) * _dot(y, y)).clamp(min=1e-30).rsqrt()
+            if before.device not in self._pending:
+                self._pending[before.device] = torch.zeros(
+                    len(self._blocks), dtype=self._dtype(before.device), device=before.device
+                )
+            self._pending[before.device][i] += cosines.sum()
+            self._tokens[i] += cosines.numel()
+
+        return watch
+
+    @staticmethod
+    def _dtype(device: torch.device) -> torch.dtype:
+        return torch.float32 if device.type == "mps" else torch.float64
+
+    def values(self) -> list[float]:
+        """BI of each block, in [0, 2]; over all processes where there are several, which must all call this.
+
+        Raises:
+            ValueError: some block has seen no tokens.
+        """
+        for sums in self._pending.values():
+            self._total += sums.double().cpu()
+        self._pending.clear()
+        both = torch.stack([self._total, self._tokens])
+        if dist.is_available() and dist.is_initialized():
+            both = both.to("cuda" if dist.get_backend() == "nccl" else "cpu")
+            dist.all_reduce(both)
+            both = both.cpu()
+        if not (both[1] > 0).all():
+            idle = int((both[1] == 0).nonzero()[0])
+            raise ValueError(f"importance: block {idle} has seen no tokens; draw within `with`, then ask")
+        return (1 - both[0] / both[1]).tolist()
+
+
+def _dot(x: Tensor, y: Tensor) -> Tensor:
+    return torch.linalg.vecdot(x, y)
+
+
+def most_important(values: Sequence[float], depth: int) -> list[int]:
+    """The `depth` blocks of greatest importance, ascending: what `sana.network.growth.prune_depth` takes.
+
+    Of equal ones the earlier stay.
+
+    Raises:
+        ValueError: depth is not in 1 ... number of blocks.
+    """
+    if not 1 <= depth <= len(values):
+        raise ValueError(f"importance: {depth} blocks are to stay of {len(values)}")
+    order = sorted(range(len(values)), key=lambda i: (-values[i], i))
+    return sorted(order[:depth])
