@@ -38,7 +38,7 @@ lint: setup
 	$(BIN)/pyright
 
 check: lint  ## what green means: lint, types, import contracts, fast tests
-	$(BIN)/python -m pytest -q -n 2 -m "not slow"
+	$(BIN)/python -m pytest -q -n 2 -m "not slow and not long"
 
 lock:  ## resolve requirements.lock anew
 	@test -x $(BIN)/uv || ($(PYTHON) -m venv $(VENV) && $(BIN)/python -m pip install --quiet uv)

@@ -54,7 +54,7 @@ def train(out: Path, *words: str) -> subprocess.CompletedProcess[str]:
     return run("train.py", *words, *brief, f"run.dir={out}")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_caches_of_any_making_are_the_same_and_train_the_same(shards: Path, tmp_path: Path) -> None:
     alone = run("scripts/precompute.py", "cache=[latents,text]", *settings(shards, tmp_path / "a"))
     assert alone.returncode == 0, alone.stderr
@@ -85,7 +85,7 @@ def test_caches_of_any_making_are_the_same_and_train_the_same(shards: Path, tmp_
     assert losses(tmp_path / "cached") == pytest.approx(losses(tmp_path / "plain"), rel=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_ray_makes_the_same(shards: Path, tmp_path: Path) -> None:
     pytest.importorskip("ray")
     alone = run("scripts/precompute.py", "cache=latents", *settings(shards, tmp_path / "a"))

@@ -54,7 +54,7 @@ def child(process: subprocess.Popen[str]) -> int:
     return int(found)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_signal_to_one_rank_stops_all_and_the_run_goes_on_until_one_is_killed(tmp_path: Path) -> None:
     run, data, called = tmp_path / "run", tmp_path / "data", tmp_path / "called"
     (tmp_path / "scontrol").write_text(f'#!/bin/sh\necho "$@" >> {called}\n')
@@ -88,7 +88,7 @@ def test_a_signal_to_one_rank_stops_all_and_the_run_goes_on_until_one_is_killed(
     assert list_checkpoints(run / "checkpoints")[0][0] > stopped
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_torchrun_as_it_is(tmp_path: Path) -> None:
     """No run.dir: the ranks learn from the first where the run lies."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py"]

@@ -30,7 +30,7 @@ def command(folder: Path) -> list[str]:
     return [sys.executable, "train.py", "-m", *search, "strategy=ddp", "trainer.devices=2", *TINY, *places]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_optuna_over_ddp_killed_and_issued_again(tmp_path: Path) -> None:
     sweep = tmp_path / "sweep"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

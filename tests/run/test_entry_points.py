@@ -36,7 +36,7 @@ def losses(run: Path) -> list[float]:
     return [row["train/loss"] for row in read_metrics(run / "metrics.jsonl") if "train/loss" in row]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_sweep_then_a_run_repeated_then_drawing(tmp_path: Path) -> None:
     places = [f"run.folder={tmp_path / 'runs'}", f"data.folder={tmp_path / 'scenes'}"]
     before = set(ROOT.iterdir())
