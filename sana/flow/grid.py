@@ -49,3 +49,24 @@ def uniform_grid(steps: int, shift: float = 1.0) -> Float64[Tensor, " k"]:
     """``shift(k / steps)``, k = steps ... 0: from exactly 1 to exactly 0. Arguments as in `dpm_grid`."""
     _check(steps, shift)
     return shift_time(torch.linspace(1.0, 0.0, steps + 1, dtype=torch.float64), shift)
+
+
+def trig_grid(steps: int, first: float = 1.57080, middle: float | None = 1.3) -> Float64[Tensor, " k"]:
+    """Grid of SANA-Sprint's sampler, times tau from `first` to 0: evenly, but for two steps by way of `middle`.
+
+    Args:
+        steps: number of network evaluations.
+        first: at most pi/2, which the published 1.57080 exceeds by 4e-6.
+        middle: time of the second of two steps, below `first`; None: halfway. Other numbers of steps do not use it.
+
+    Raises:
+        ValueError: steps below 1, or times that do not decrease.
+    """
+    _check(steps, 1.0)
+    if steps == 2 and middle is not None:
+        if not 0 < middle < first:
+            raise ValueError(f"a grid of two steps needs 0 < middle < {first}, got {middle}")
+        return torch.tensor([first, middle, 0.0], dtype=torch.float64)
+    if not 0 < first <= 1.5708:
+        raise ValueError(f"the first time is in (0, pi/2], got {first}")
+    return torch.linspace(first, 0.0, steps + 1, dtype=torch.float64)

@@ -91,3 +91,36 @@ class Uniform:
     def __call__(self, u: Float[Tensor, "*s"]) -> Float[Tensor, "*s"]:
         """Map u in [0, 1) to t in [0, 1], dtype of u, whose rounding may reach 1."""
         return _place(u.to(torch.float64), self.shift, self.steps).to(u.dtype)
+
+
+@dataclass(frozen=True)
+class TrigLogNormal:
+    """``tau = atan(exp(mean + std n) / sigma)``, n standard normal (SANA-Sprint): times of TrigFlow in (0, pi/2].
+
+    Attributes:
+        mean, std: of the logarithm of the noise beside data of scale sigma; published 0.2 and 1.6 for the consistency
+            loss, -0.6 and 1.0 for what the discriminator sees.
+        sigma: published 0.5.
+        largest: probability that the time is `top` instead, one evaluation's own start; published 0.5 in the
+            adversarial losses.
+        top: that time.
+    """
+
+    mean: float = 0.2
+    std: float = 1.6
+    sigma: float = 0.5
+    largest: float = 0.0
+    top: float = 1.57080
+
+    def __post_init__(self) -> None:
+        if not (self.std > 0 and self.sigma > 0):
+            raise ValueError(f"std and sigma must be positive, got {self.std} and {self.sigma}")
+        if not 0 <= self.largest <= 1:
+            raise ValueError(f"largest is a probability, got {self.largest}")
+
+    def __call__(self, u: Float[Tensor, "*s"]) -> Float[Tensor, "*s"]:
+        """Map u in [0, 1) to tau, dtype of u: the upper `largest` of the unit interval to `top`."""
+        wide = u.to(torch.float64)
+        rest = (wide / max(1 - self.largest, 2.0**-25)).clamp(2.0**-25, 1 - 2.0**-25)
+        tau = torch.atan(torch.exp(self.mean + self.std * torch.special.ndtri(rest)) / self.sigma)
+        return torch.where(wide >= 1 - self.largest, torch.full_like(tau, self.top), tau).to(u.dtype)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy import special, stats
 
-from sana.flow.timestep import LogitNormal, Uniform, shift
+from sana.flow.timestep import LogitNormal, TrigLogNormal, Uniform, shift
 from sana.ops.random import uniform
 
 
@@ -93,3 +93,20 @@ def test_uniform_is_the_shifted_input():
 def test_values_out_of_range_are_refused(make):
     with pytest.raises(ValueError, match="got"):
         make()
+
+
+@pytest.mark.parametrize(("mean", "std"), [(0.2, 1.6), (-0.6, 1.0)])
+def test_trig_times_have_the_quantiles_of_their_law(mean: float, std: float) -> None:
+    u = np.array([0.01, 0.2, 0.5, 0.77, 0.999])
+    expected = np.arctan(np.exp(stats.norm.ppf(u, mean, std)) / 0.5)
+    np.testing.assert_allclose(TrigLogNormal(mean, std)(torch.from_numpy(u)).numpy(), expected, rtol=1e-12)
+    half = TrigLogNormal(mean, std, largest=0.5)(torch.from_numpy(np.concatenate([u / 2, [0.5, 0.75, 0.999]])))
+    np.testing.assert_allclose(half[:5].numpy(), expected, rtol=1e-12)
+    assert half[5:].tolist() == [1.5708] * 3
+    assert TrigLogNormal(largest=1.0)(torch.rand(5)).tolist() == pytest.approx([1.5708] * 5)
+
+
+def test_trig_times_refuse_what_is_no_law() -> None:
+    for wrong in ({"std": 0.0}, {"sigma": -1.0}, {"largest": 1.5}):
+        with pytest.raises(ValueError, match=r"positive|probability"):
+            TrigLogNormal(**wrong)

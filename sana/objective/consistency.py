@@ -1,0 +1,80 @@
+"""Continuous-time consistency (sCM): a field learns where the whole path of its teacher ends.
+
+Lu and Song 2024, arXiv:2410.11081; SANA-Sprint, arXiv:2503.09641, section 3.2. The consistency function is
+``f(x, tau) = cos(tau) x - sin(tau) F(x, tau)``, constant along the teacher's path ``dx / dtau = G(x, tau)``. With x
+divided by sigma, the scale of the data (see `sana.flow.trig`), the published tangent is::
+
+    g = sigma (-cos^2 (F - G) - r (cos sin x + cos sin dF/dtau)),
+
+which for r = 1 is ``sigma cos df / dtau``; r grows from 0 to 1 over the first updates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sana.flow.path import align_time
+
+SIGMA = 0.5
+"""Scale of the data in the published losses."""
+
+
+def consistency_tangent(
+    field: Callable[[Tensor, Tensor], Tensor],
+    x: Float[Tensor, "b c f h w"],
+    tau: Float[Tensor, "b f"],
+    teacher: Float[Tensor, "b c f h w"],
+    warmup: float = 1.0,
+    *,
+    sigma: float = SIGMA,
+    floor: float = 0.1,
+) -> Float[Tensor, "b c f h w"]:
+    """The direction in which the student's field is moved, of length below 1 per frame; without gradients.
+
+    Args:
+        field: the student (x, tau) -> F; forward-mode derivatives must go through it.
+        x: points of the circle, ``cos x0 + sin eps``.
+        tau: in (0, pi/2].
+        teacher: G at these points, with guidance.
+        warmup: r in [0, 1].
+        sigma: scale of the data.
+        floor: added to the norm by which the tangent is divided (over c, h and w).
+    """
+    wide = align_time(tau, x)
+    sine, cosine = wide.sin(), wide.cos()
+    with torch.no_grad():
+        # The factor cos sin stands in the directions, not outside: near pi/2 the derivative itself has no bound.
+        directions = (cosine * sine * teacher, tau.cos() * tau.sin())
+        student, slope = torch.func.jvp(field, (x, tau), directions)
+        g = sigma * (-(cosine**2) * (student - teacher) - warmup * (cosine * sine * x + slope))
+        return g / (g.square().sum(dim=(1, 3, 4), keepdim=True).sqrt() + floor)
+
+
+def consistency(
+    student: Float[Tensor, "b c f h w"],
+    tangent: Float[Tensor, "b c f h w"],
+    tau: Float[Tensor, "b f"],
+    logvar: Float[Tensor, "b f"] | None = None,
+    *,
+    sigma: float = SIGMA,
+) -> Float[Tensor, "b f"]:
+    """Losses per frame, ``mean of w / exp(logvar) (F - sg(F) - g)^2 + logvar`` with ``w = 1 / (sigma tan(tau))``.
+
+    Only its gradient means something: that of F is ``-2 w / exp(logvar) g``.
+
+    Args:
+        student: F with gradients.
+        tangent: g of `consistency_tangent`.
+        tau: in (0, pi/2].
+        logvar: learned logarithm of each sample's variance, which evens the times out; None: 0.
+        sigma: scale of the data.
+    """
+    weight = 1 / (sigma * tau.tan())
+    error = (student - student.detach() - tangent).square().mean(dim=(1, 3, 4))
+    if logvar is None:
+        return weight * error
+    return weight * torch.exp(-logvar) * error + logvar
