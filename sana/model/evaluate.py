@@ -238,7 +238,7 @@ def evaluate(
     results["files"] |= {"results": str(output.resolve()), "report": str(report.resolve())}
     if rank() == 0:
         write_results(output, results)
-        make_report(home, results, report)
+        make_report(home if home.is_dir() else folder, results, report)  # a shipped model has no run here
     if console is not None:
         console.print(results_table(results))
     return results

@@ -72,7 +72,9 @@ def restore(composed: Composed) -> Restored:
     recipe = training(found, config.get("recipe")).config
     device = choose_device(config.device)
     precision = fast_precision() if config.precision == "auto" else config.precision
-    parts = {} if config.get("allow_missing") else {"network": _empty(recipe.model)}
+    parts: dict[str, Any] = {} if config.get("allow_missing") else {"network": _empty(recipe.model)}
+    if recipe.model.get("compile"):  # a minute, and a C++ compiler on CPUs: what training pays back, drawing does not
+        parts["compile"] = False
     module = build(recipe.model, "model", **{name: part for name, part in parts.items() if part is not None})
     bf16 = precision == "bf16-mixed"
     _limit_memory(module.frozen.autoencoder, config, bf16)

@@ -475,3 +475,13 @@ def test_the_ends_of_a_score_are_named_and_shown(tmp_path):
     for entry in (*ends["best"], *ends["worst"]):
         assert f"<small>{entry['score']:.4g}</small>" in page
     assert read_results(tmp_path / "drawn" / "results.json")["extremes"] == json.loads(json.dumps(results["extremes"]))
+
+
+def test_weights_without_a_run_have_a_report_of_their_images(tmp_path):
+    drawing = {"images_fn": Artist(), "prompts": PROMPTS, "held_out": [], "settings": SETTINGS, "samples": 1}
+    metrics = {"geneval_scenes": GenEvalScenes(score, resamples=10)}
+    where = {"run_dir": tmp_path / "loaded" / "dots", "output": tmp_path / "own.json"}
+    results = evaluate(tmp_path / "images", metrics, drawing=drawing, **where)
+    assert read_results(tmp_path / "own.json")["overall"] == results["overall"]
+    assert "report" in (tmp_path / "own.html").read_text()
+    assert not (tmp_path / "loaded").exists()
