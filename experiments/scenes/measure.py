@@ -21,7 +21,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 RUNS = ROOT / "runs" / "scenes"
 PER_TASK, HELD_OUT, SEED, FRESH_SEED = 200, 200, 2000, 3000
-CURVE_PER_TASK = 50
+CURVE_PER_TASK, CURVE_EVERY = 50, 2000  # prompts, updates
 FAILURES = 7
 PROMPTS = (
     "a red circle",
@@ -128,6 +128,7 @@ def main() -> None:
     curve = [
         (update_of(path), judge(str(path), RUNS / best / "curve" / path.stem, CURVE_PER_TASK, 1, SEED))
         for path in checkpoints(RUNS / best)
+        if update_of(path) % CURVE_EVERY == update_of(checkpoints(RUNS / best)[-1]) % CURVE_EVERY
     ]
     model = HERE / "model.safetensors"
     model.unlink(missing_ok=True)
