@@ -20,7 +20,9 @@ def numbers(array: pa.Array) -> np.ndarray:
     sign = "f" if pa.types.is_floating(kind) else "i" if pa.types.is_signed_integer(kind) else "u"
     data = array.buffers()[1]
     dtype = np.dtype(f"{sign}{kind.bit_width // 8}")
-    empty = data is None or not len(array)
-    found = np.zeros(0, dtype) if empty else np.frombuffer(data, dtype, len(array), array.offset * dtype.itemsize)
+    if data is None or not len(array):
+        found = np.zeros(0, dtype)
+    else:
+        found = np.frombuffer(data, dtype, len(array), array.offset * dtype.itemsize)
     found.flags.writeable = False
     return found

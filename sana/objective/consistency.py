@@ -49,7 +49,7 @@ def consistency_tangent(
     with torch.no_grad():
         # The factor cos sin stands in the directions, not outside: near pi/2 the derivative itself has no bound.
         directions = (cosine * sine * teacher, tau.cos() * tau.sin())
-        student, slope = torch.func.jvp(field, (x, tau), directions)
+        student, slope = torch.func.jvp(field, (x, tau), directions)[:2]
         g = sigma * (-(cosine**2) * (student - teacher) - warmup * (cosine * sine * x + slope))
         return g / (g.square().sum(dim=(1, 3, 4), keepdim=True).sqrt() + floor)
 
