@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -40,21 +40,20 @@ class Source:
     normal: Callable[[int, str, Tensor], Tensor]
 
 
-@runtime_checkable
-class Growth(Protocol):
+class Growth(ABC):
     """How the blocks of the grown network come about."""
 
+    @abstractmethod
     def __call__(self, block: int, name: str, source: Source) -> Tensor | None:
         """Tensor `name` of block `block`; None leaves the network's own start."""
-        ...
 
     def check(self, kept: int, depth: int) -> None:
-        """Raise ValueError where the depths do not fit this growth."""
-        ...
+        """Raise ValueError where the depths do not fit this growth; any do, unless a growth says otherwise."""
+        return
 
 
 @dataclass(frozen=True)
-class Constant:
+class Constant(Growth):
     """Kept blocks stay, new ones follow and begin as identities: the paper's Partial Preservation Init.
 
     Of a new block the last matrix of each branch is ``scale`` times normal numbers (0: the block adds exactly nothing),
@@ -77,23 +76,17 @@ class Constant:
         std = self.scale if name in BRANCHES else 0.2 if name.startswith("ffn.depthwise.") else 0.02
         return source.normal(block, name, like) * std
 
-    def check(self, kept: int, depth: int) -> None:
-        """Any depth will do."""
-
 
 @dataclass(frozen=True)
-class Random:
+class Random(Growth):
     """Kept blocks stay, new ones follow and start as those of an untrained network."""
 
     def __call__(self, block: int, name: str, source: Source) -> Tensor | None:
         return source.get(block, name) if block < source.kept else None
 
-    def check(self, kept: int, depth: int) -> None:
-        """Any depth will do."""
-
 
 @dataclass(frozen=True)
-class Cyclic:
+class Cyclic(Growth):
     """Block i is source block i mod S.
 
     Attributes:
@@ -106,12 +99,9 @@ class Cyclic:
         tensor = source.get(block % source.kept, name)
         return _gated(name, tensor) if self.zero_gate and block >= source.kept else tensor
 
-    def check(self, kept: int, depth: int) -> None:
-        """Any depth will do."""
-
 
 @dataclass(frozen=True)
-class Expand:
+class Expand(Growth):
     """Each source block is followed by its copies: T is a multiple of S.
 
     Attributes:
@@ -134,7 +124,7 @@ class Expand:
 
 
 @dataclass(frozen=True)
-class Progressive:
+class Progressive(Growth):
     """Kept blocks stay; each new one is the one before it plus noise, so that the last is farthest from the source.
 
     Attributes:
@@ -149,12 +139,9 @@ class Progressive:
             tensor = tensor + self.noise * source.normal(i, name, tensor)
         return tensor
 
-    def check(self, kept: int, depth: int) -> None:
-        """Any depth will do."""
-
 
 @dataclass(frozen=True)
-class Interpolation:
+class Interpolation(Growth):
     """Block i lies at place i S / T of the source: between its blocks ``floor(i S / T)`` and the next, linearly."""
 
     def __call__(self, block: int, name: str, source: Source) -> Tensor | None:
@@ -165,9 +152,6 @@ class Interpolation:
         wide = torch.promote_types(tensor.dtype, torch.float32)
         between = torch.lerp(tensor.to(wide), source.get(low + 1, name).to(wide), rest / source.depth)
         return between.to(tensor.dtype)
-
-    def check(self, kept: int, depth: int) -> None:
-        """Any depth will do."""
 
 
 def plan_growth(
