@@ -28,8 +28,9 @@ notebooks: setup  ## execute notebooks/ on small runs that they train themselves
 test: setup  ## every test that fits on two CPU cores
 	$(BIN)/python -m pytest -q -n 2 --durations=10 -m "not full_size and not long"
 
-slow: setup  ## tests of minutes: at published sizes (8 GiB), and of several processes, one after the other
-	$(BIN)/python -m pytest -q -m "full_size or long"
+slow: setup  ## tests of minutes: of several processes, and, one after the other, at published sizes (8 GiB)
+	$(BIN)/python -m pytest -q -n 2 --dist loadscope --durations=10 -m "long and not full_size"
+	$(BIN)/python -m pytest -q --durations=0 -m full_size
 
 lint: setup
 	$(BIN)/ruff check .

@@ -83,7 +83,7 @@ def test_floors_by_hand() -> None:
     assert denoiser_bytes(100, 5, 3, 2, 4, 2) == 2 * (100 + 40 * 5 * 3 * 2 * 4)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_command_writes_its_keys(tmp_path: Path) -> None:
     file = tmp_path / "new" / "out.json"
     command = (

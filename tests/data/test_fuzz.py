@@ -34,7 +34,7 @@ def damage(folder: Path, rng: np.random.Generator) -> set[str]:
     return {source.index.key(i) for i in chosen}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("seed", [0, 1])
 def test_training_survives_random_damage(tmp_path: Path, seed: int) -> None:
     """`train.py` as a user calls it, on as small a network as there is, over one epoch."""

@@ -94,7 +94,7 @@ def test_a_stop_at_any_step_goes_on_exactly(
     assert before + stream(source, other, stop, 4, seed) == stream(open_source(folders[3]), 1, 0, stop + 4, seed)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_real_ranks_and_workers_go_on_where_others_stopped(folders: dict[int, str], tmp_path: Path) -> None:
     """Six runs, each with other numbers of ranks, workers and shards, each continuing the one before at a random step:
     together they are the six epochs of the plan."""

@@ -48,6 +48,7 @@ def test_4096_px_fit_into_6_gib(dtype: torch.dtype, settings: dict) -> None:
         )
 
 
+@pytest.mark.long
 def test_more_memory_means_larger_tiles() -> None:
     with FakeTensorMode():
         model = DCAE().requires_grad_(False)

@@ -51,7 +51,7 @@ def test_overfitting_sees_one_batch_and_learns_it(tmp_path: Path) -> None:
     assert max(b - a for a, b in pairwise(losses[20:])) < 0.2 * losses[0]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_one_update_of_everything_and_a_profile(tmp_path: Path) -> None:
     path = run(tmp_path / "fdr", "debug=fdr", "model.frozen=offload", "network.checkpoint_every=1")
     assert list((path / "samples").glob("*.png"))

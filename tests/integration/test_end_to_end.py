@@ -134,7 +134,7 @@ def test_int8_weights_draw_nearly_the_same(run: Path, tmp_path: Path) -> None:
     assert 0 < abs(full - small).mean() < 10
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_sweep_makes_a_directory_per_run(data: Path, tmp_path: Path) -> None:
     overrides = [f"run.folder={tmp_path}", f"data.folder={data}", *SMALL]
     call("train.py", "-m", "seed=1,2", "trainer.max_steps=2", *overrides)

@@ -34,7 +34,7 @@ def own_images(folder: Path, count: int) -> Path:
     return folder
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_five_lines_of_the_readme(tmp_path: Path) -> None:
     own_images(tmp_path / "my_images", 2)
     for name in (
