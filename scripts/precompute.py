@@ -127,7 +127,9 @@ def _gpus() -> float:
 
 def main() -> int:
     from sana.run.error import ConfigError
+    from sana.run.torchmetrics_later import later
 
+    later()
     if {"-h", "--help"} & set(sys.argv[1:]):
         print(__doc__)
         return 0

@@ -16,6 +16,7 @@ from sana.allocator import DRAWING, TRAINING, keep_pages
 from sana.checkpoint.error import CheckpointError
 from sana.run.error import ConfigError, RunError
 from sana.run.groups import groups_of, list_options
+from sana.run.torchmetrics_later import later
 
 if TYPE_CHECKING:
     from sana.run.compose import Composed
@@ -170,6 +171,7 @@ def _run(entry: str, task: Task, given: Arguments) -> int:
     if why is not None and is_first_rank():
         print(why, flush=True)
     keep_pages(TRAINING if entry == "train" else DRAWING)
+    later()
     return task(composed) or 0
 
 
