@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from lightning import Callback, Trainer
+from lightning.pytorch.utilities.seed import isolate_rng
 
 from sana.callback.records import log_row
 from sana.network.importance import BlockImportance
@@ -53,9 +54,9 @@ class Importance(Callback):
         training = network.training
         network.eval()
         try:
-            with recipe.timed("evaluation"), trainer.precision_plugin.forward_context(), torch.no_grad():
+            with recipe.timed("evaluation"), isolate_rng(), torch.no_grad():
                 batch = self._few(trainer, recipe)
-                with BlockImportance(network) as importance:
+                with trainer.precision_plugin.forward_context(), BlockImportance(network) as importance:
                     recipe.validation_losses(network, batch, self.times)
                 values = importance.values()
         finally:
@@ -65,7 +66,8 @@ class Importance(Callback):
 
     def _few(self, trainer: Trainer, recipe: Any) -> Batch:
         """The first validation samples, encoded once."""
-        if self._batch is None:
+        few = self._batch
+        if few is None:
             all_of_it: Batch = trainer.datamodule.validation_batch()  # type: ignore[attr-defined]
             n = self.samples
             few = Batch(
@@ -75,6 +77,7 @@ class Importance(Callback):
                 index=all_of_it.index[:n],
                 key=all_of_it.key[:n],
             )
-            self._batch = recipe.transfer_batch_to_device(few, recipe.device, 0)
-            self._batch.latent = recipe.latents(self._batch).squeeze(2)
-        return self._batch
+            few = recipe.transfer_batch_to_device(few, recipe.device, 0)
+            few.latent = recipe.latents(few).squeeze(2)
+            self._batch = few
+        return few

@@ -31,7 +31,7 @@ from sana.optimizer.ema import EMA
 from sana.optimizer.local import local
 from sana.types import Batch
 
-OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
+OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
 Schedule = Callable[[int], float]
 
 
@@ -40,7 +40,7 @@ class Optimisation:
     """How one trained module is optimised.
 
     Attributes:
-        optimizer: called with the parameters; its `lr` is the peak that the schedule scales.
+        optimizer: called with the parameters, or with groups of them; its `lr` is the peak that the schedule scales.
         schedule: update number (from 0) -> factor on the learning rate.
         clip_norm: bound on the global gradient norm, or None for no clipping.
         ema_decay: decay of the exponential moving average of the weights, or None to keep none.

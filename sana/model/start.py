@@ -204,15 +204,15 @@ def start_model(config: Any, resume: Path | None) -> tuple[Recipe, dict[str, Any
         ConfigError, CheckpointError: there are none, or they do not fit; one line.
     """
     start: Start = build(config.get("start"), "start") or AsIs()
-    anew = resume is None and config.init is not None
-    empty = empty_network(config.model) if anew and start.whole else None
+    init = config.init if resume is None else None
+    empty = empty_network(config.model) if init is not None and start.whole else None
     model = build(config.model, "model", **({} if empty is None else {"network": empty}))
     try:
         if hasattr(model, "network"):
             model.rates = {"network": start.rates(model.network)}
-        if not anew:
+        if init is None:
             return model, {}
-        facts = start_from(model, config.init, start)
+        facts = start_from(model, init, start)
         if is_first_rank():
             print(told(facts), flush=True)
         return model, {"start": facts}

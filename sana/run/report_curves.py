@@ -17,7 +17,17 @@ def curves(series: Mapping[str, Series]) -> str:
     bins = sorted((k for k in series if k[:10] == "val/loss_t" and k[10:].isdigit()), key=lambda k: int(k[10:]))
     tasks = [k for k in ("val/overall", *(f"val/{task}" for task in TASKS)) if k in series]
     blocks = sorted(k for k in series if k.startswith("importance/block_"))
-    known = {*blocks, "train/loss", "val/loss", "train/grad_norm", "train/lr", "train/samples_per_s", *PARTS, *bins, *tasks}
+    known = {
+        *blocks,
+        "train/loss",
+        "val/loss",
+        "train/grad_norm",
+        "train/lr",
+        "train/samples_per_s",
+        *PARTS,
+        *bins,
+        *tasks,
+    }
     known |= {"train/samples", "time/evaluation"}  # one is a straight line, the other not part of a training step
     others = sorted(k for k in series if k not in known and len(series[k][0]) > 1)
     charts = [
@@ -73,7 +83,9 @@ def _importance(series: Mapping[str, Series], blocks: list[str]) -> str:
         Line(f"block {int(k[17:])}" if i in few else "", *series[k], f"t{round(9 * i / max(1, n - 1))}", "dots")
         for i, k in enumerate(blocks)
     ]
-    caption = "1 - cos of the tokens before and after each block, on the same samples, noise and times: 0 is an identity."
+    caption = (
+        "1 - cos of the tokens before and after each block, on the same samples, noise and times: 0 is an identity."
+    )
     return chart("Block importance", caption, lines, log=True)
 
 
