@@ -6,6 +6,7 @@ from typing import Any
 
 from sana.run.compose import Composed
 from sana.run.error import ConfigError
+from sana.run.groups import list_options
 from sana.run.importance import read_importance
 from sana.run.lineage import AUTO
 from sana.run.runs import find_weights
@@ -43,7 +44,10 @@ def check_start(composed: Composed) -> None:
 
 
 def _check_grow(composed: Composed, depth: int) -> None:
-    kept = composed.resolved["start"]["kept"]
+    kept, growth = (composed.resolved["start"][key] for key in ("kept", "growth"))
+    if not isinstance(growth, dict):
+        options = ", ".join(option for option in list_options("start") if option.startswith("grow"))
+        raise ConfigError(f"start.growth: {growth!r} names no growth; choose one by start=, of {options}")
     if not 1 <= kept <= depth:
         raise ConfigError(
             f"start.kept: {kept} blocks cannot stay in a network of {depth}; network.depth is what it is grown to, and "

@@ -227,6 +227,7 @@ REFUSED: Mapping[str, str] = {
     "init=scenes start=grow": "start.kept: has to be given",
     "init=scenes start=grow start.kept=7": "start.kept: 7 blocks cannot stay in a network of 6",
     "init=scenes start=grow start.kept=0": "start.kept: 0 blocks",
+    "init=scenes start=grow start.kept=4 start.growth=cyclic": "names no growth; choose one by start=, of grow, grow_c",
     "init=scenes start.kept=4": "start.kept: unknown key",
     "init=scenes start=prune": "start.importance, start.keep: neither is given",
     "init=scenes start=prune start.keep=[0,1]": "start.keep: 2 blocks are to stay, network.depth is 6",
