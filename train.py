@@ -17,7 +17,7 @@ def train(composed: Composed) -> int:
 
     from lightning import seed_everything
 
-    from sana.model.load import start_from
+    from sana.model.start import start_model
     from sana.run.begin import begin
     from sana.run.build import build, build_all
     from sana.run.inspect import inspect
@@ -30,7 +30,7 @@ def train(composed: Composed) -> int:
     try:
         with record, stopping_at_once():
             seed_everything(config.seed, verbose=False)
-            data, model = build(config.data, "data"), build(config.model, "model")
+            data, (model, start) = build(config.data, "data"), start_model(config, resume)
             callbacks = build_all(config.callback, "callback")
             trainer = build(
                 config.trainer,
@@ -45,10 +45,9 @@ def train(composed: Composed) -> int:
             if record.writes:
                 if hasattr(data, "write"):  # the embedded world makes its shards at first use
                     data.write()
-                record.describe(data={"folder": str(config.data.folder), "fingerprint": data.fingerprint()})
+                data_facts = {"folder": str(config.data.folder), "fingerprint": data.fingerprint()}
+                record.describe(data=data_facts, **start)
             model.resume, model.allow_partial = resume, config.allow_partial
-            if config.init is not None:
-                start_from(model, config.init)
             trainer.fit(model, data)
             return record.stop(model.stopped, alone=trainer.strategy.launcher is None)
     except Stopped as stopped:

@@ -41,7 +41,8 @@ class Summary(Callback):
             for name in pl_module.trainables():
                 rates = ", ".join(f"{other[f'{name}.lr']:.6g}" for other in everyone)
                 ranks = f" on {len(everyone)} ranks" if len(everyone) > 1 else ""
-                print(f"{name}: {own[f'{name}.optimizer']}, lr {rates}{ranks}", flush=True)
+                groups = "".join(f"; {n} tensors at {lr:.6g}" for n, lr in own.get(f"{name}.groups", ()))
+                print(f"{name}: {own[f'{name}.optimizer']}, lr {rates}{ranks}{groups}", flush=True)
             for line in _active(pl_module):
                 print(line, flush=True)
 
@@ -72,6 +73,9 @@ def _settings(recipe: Recipe, trainer: Trainer) -> dict[str, Any]:
         group = optimizer.param_groups[0]
         found[f"{name}.optimizer"] = type(optimizer).__name__
         found[f"{name}.lr"] = float(group["initial_lr"])
+        others = [(len(other["params"]), float(other["initial_lr"])) for other in optimizer.param_groups[1:]]
+        if others:
+            found[f"{name}.groups"] = others
         plain = {key: value for key, value in group.items() if isinstance(value, int | float | str | bool)}
         found.update({f"{name}.{key}": value for key, value in plain.items() if key not in ("lr", "initial_lr")})
     return found

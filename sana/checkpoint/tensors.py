@@ -40,6 +40,9 @@ class Tensors(Mapping[str, Tensor]):
             raise KeyError(name)
         return self._read(name)
 
+    def __contains__(self, name: object) -> bool:  # Mapping's own would read the tensor
+        return name in self.like
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.like)
 

@@ -31,7 +31,7 @@ from sana.optimizer.ema import EMA
 from sana.optimizer.local import local
 from sana.types import Batch
 
-OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
+OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
 Schedule = Callable[[int], float]
 
 
@@ -40,7 +40,7 @@ class Optimisation:
     """How one trained module is optimised.
 
     Attributes:
-        optimizer: called with the parameters; its `lr` is the peak that the schedule scales.
+        optimizer: called with the parameters, or with groups of them; its `lr` is the peak that the schedule scales.
         schedule: update number (from 0) -> factor on the learning rate.
         clip_norm: bound on the global gradient norm, or None for no clipping.
         ema_decay: decay of the exponential moving average of the weights, or None to keep none.
@@ -91,6 +91,8 @@ class Recipe(LightningModule):
         flops: operations of forward and backward so far on this rank, recomputation left out; 0 where not counted.
         noted: per-sample values of the current step ("t", "loss": (b, ...)), for messages.
         report: numbers of the current step for the records; replaced at every step.
+        rates: by module, factors on the learning rate of parameters; 1 for those that are not named. Each factor is a
+            group of the optimizer, that of 1 the first.
         seconds: time spent in parts of the step since the records last read it.
     """
 
@@ -115,6 +117,7 @@ class Recipe(LightningModule):
         self.flops = 0.0
         self.noted: dict[str, Tensor] = {}
         self.report: dict[str, Tensor | float] = {}
+        self.rates: dict[str, Mapping[str, float]] = {}
         self.seconds: dict[str, float] = defaultdict(float)
         self.ema: dict[str, EMA] = {}
         self.samples: list[str] = []
@@ -132,11 +135,23 @@ class Recipe(LightningModule):
         """One optimizer per trained module, over the parameters that require gradients."""
         optimizers = []
         for name, module in self.trainables().items():
-            optimizer = self.optimisation[name].optimizer([p for p in module.parameters() if p.requires_grad])
-            for group in optimizer.param_groups:
-                group["initial_lr"] = group["lr"]
+            groups = self._groups(name, module)
+            optimizer = self.optimisation[name].optimizer(
+                groups[1.0] if list(groups) == [1.0] else [{"params": some} for some in groups.values()]
+            )
+            for factor, group in zip(groups, optimizer.param_groups, strict=True):
+                group["lr"] = group["lr"] * factor
+                group["initial_lr"], group["factor"] = group["lr"], factor
             optimizers.append(optimizer)
         return optimizers
+
+    def _groups(self, name: str, module: nn.Module) -> dict[float, list[nn.Parameter]]:
+        """The trained parameters of a module by the factor on their rate, 1 first."""
+        rates, groups = self.rates.get(name, {}), {}
+        for parameter, p in module.named_parameters():
+            if p.requires_grad:
+                groups.setdefault(float(rates.get(parameter, 1.0)), []).append(p)
+        return dict(sorted(groups.items(), key=lambda item: (item[0] != 1.0, item[0])))
 
     def configure_model(self) -> None:
         """Shard the trained modules where the strategy is a device mesh (FSDP2); nothing to do elsewhere."""
@@ -235,7 +250,9 @@ class Recipe(LightningModule):
             self.ema[name].update()
         prefix = "train" if index == 0 else f"train/{name}"
         self.report[f"{prefix}/grad_norm"] = norm
-        self.report[f"{prefix}/lr"] = optimizer.param_groups[0]["lr"]
+        for group in optimizer.param_groups:
+            own = "" if group is optimizer.param_groups[0] else f"_x{group['factor']:g}"
+            self.report[f"{prefix}/lr{own}"] = group["lr"]
         if self.skipped[name]:
             self.report[f"{prefix}/skipped"] = float(self.skipped[name])
 

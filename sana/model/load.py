@@ -18,7 +18,6 @@ from sana.checkpoint.tensors import Tensors, check_finite, read_safetensors
 from sana.model.generate import Painter
 from sana.model.image import ImageModule
 from sana.nn.inference import for_inference
-from sana.run.runs import find_weights
 
 
 def load_weights(
@@ -48,6 +47,14 @@ def load_weights(
         CheckpointError: keys are missing, left over or of another shape, with their names; numbers that are not
             finite; or it is no checkpoint of this recipe.
     """
+    state, updates = read_weights(checkpoint, weights)
+    fill(module.network, state, checkpoint, allow_missing, allow_extra)
+    return updates
+
+
+def read_weights(checkpoint: str | Path, weights: Weights = "ema") -> tuple[Tensors, int | None]:
+    """Tensors of a network by this project's names, read when they are asked for, and the number of updates they have
+    seen; arguments and errors as of `load_weights`."""
     path, updates = Path(checkpoint), None
     if path.suffix == ".ckpt":
         state, _, updates = read_run_file(path, weights)
@@ -64,17 +71,7 @@ def load_weights(
             if weights == "live" and record.weights == "ema":
                 raise CheckpointError(f"{path}: holds the averaged weights only; leave out weights=live")
         state = state.renamed(lambda name: None if name.startswith(EXTRA) else name)
-    fill(module.network, state, path, allow_missing, allow_extra)
-    return updates
-
-
-def start_from(module: ImageModule, name: str) -> None:
-    """Give a recipe that starts anew the weights that `init` names, averaged ones where there are any.
-
-    Raises:
-        ConfigError, CheckpointError: there are none, or they do not fit; see `load_weights`.
-    """
-    load_weights(module, find_weights(name, key="init").path)
+    return state, updates
 
 
 def make_painter(module: ImageModule, device: str | torch.device) -> Painter:
@@ -104,8 +101,8 @@ def fill(
         CheckpointError: every key that is missing, left over or of another shape; or numbers that are not finite.
     """
     own = network.state_dict()
-    missing = sorted(name for name in own.keys() - state.keys() if not _named(name, allow_missing))
-    extra = sorted(name for name in state.keys() - own.keys() if not _named(name, allow_extra))
+    missing = sorted(name for name in own.keys() - state.keys() if not named(name, allow_missing))
+    extra = sorted(name for name in state.keys() - own.keys() if not named(name, allow_extra))
     reshaped = sorted(k for k in own.keys() & state.keys() if own[k].shape != state.like[k].shape)
     shapes = [f"{k} {tuple(state.like[k].shape)}, not {tuple(own[k].shape)}" for k in reshaped]
     if missing or extra or reshaped:
@@ -116,7 +113,7 @@ def fill(
     if empty:
         raise CheckpointError(f"{source}: lacks {list_names(sorted(empty))}, and nothing else gives it a value")
     with torch.no_grad():
-        for name in own.keys() & state.keys():
+        for name in filter(state.__contains__, own):
             value, target = check_finite(name, state[name], source), own[name]
             if target.is_meta:
                 target = torch.empty_like(target, device="cpu")  # in its own type and memory format
@@ -134,5 +131,6 @@ def _place(network: nn.Module, name: str, value: Tensor) -> None:
     setattr(owner, leaf, value)
 
 
-def _named(name: str, patterns: Sequence[str]) -> bool:
+def named(name: str, patterns: Sequence[str]) -> bool:
+    """Whether a name is among names and patterns."""
     return any(fnmatchcase(name, pattern) for pattern in patterns)

@@ -9,8 +9,9 @@ from __future__ import annotations
 import hashlib
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -41,7 +42,13 @@ class Source:
 
 
 class Growth(ABC):
-    """How the blocks of the grown network come about."""
+    """How the blocks of the grown network come about.
+
+    Attributes:
+        fresh: whether some tensors are left to the network's own start.
+    """
+
+    fresh: ClassVar[bool] = False
 
     @abstractmethod
     def __call__(self, block: int, name: str, source: Source) -> Tensor | None:
@@ -50,6 +57,11 @@ class Growth(ABC):
     def check(self, kept: int, depth: int) -> None:
         """Raise ValueError where the depths do not fit this growth; any do, unless a growth says otherwise."""
         return
+
+    def is_new(self, block: int, kept: int, depth: int) -> bool:
+        """Whether a block of the grown network is none of the source's own; those follow the kept ones, unless a
+        growth says otherwise."""
+        return block >= kept
 
 
 @dataclass(frozen=True)
@@ -80,6 +92,8 @@ class Constant(Growth):
 @dataclass(frozen=True)
 class Random(Growth):
     """Kept blocks stay, new ones follow and start as those of an untrained network."""
+
+    fresh: ClassVar[bool] = True
 
     def __call__(self, block: int, name: str, source: Source) -> Tensor | None:
         return source.get(block, name) if block < source.kept else None
@@ -122,6 +136,10 @@ class Expand(Growth):
                 f"growth: {depth} blocks are not a multiple of the {kept} kept ones, as block expansion needs"
             )
 
+    def is_new(self, block: int, kept: int, depth: int) -> bool:
+        """The first of each source block's copies is that block."""
+        return block % (depth // kept) != 0
+
 
 @dataclass(frozen=True)
 class Progressive(Growth):
@@ -152,6 +170,11 @@ class Interpolation(Growth):
         wide = torch.promote_types(tensor.dtype, torch.float32)
         between = torch.lerp(tensor.to(wide), source.get(low + 1, name).to(wide), rest / source.depth)
         return between.to(tensor.dtype)
+
+    def is_new(self, block: int, kept: int, depth: int) -> bool:
+        """Those at whole places are the source's; of those after the last source block, which are copies of it, the
+        first is."""
+        return block * kept % depth != 0
 
 
 def plan_growth(
@@ -218,29 +241,43 @@ def grow_depth(
     return grown
 
 
-def prune_depth(state: Mapping[str, Tensor], keep: Sequence[int]) -> dict[str, Tensor]:
-    """The state of a network that has only the blocks `keep` (counted from 0, ascending), in their order.
+def plan_pruning(names: Iterable[str], keep: Sequence[int]) -> dict[str, str]:
+    """Names of a pruned state, each with the source's name of the same tensor.
+
+    Args:
+        names: of the source's state.
+        keep: the blocks that stay, counted from 0, ascending; they keep their order.
 
     Raises:
         ValueError: no blocks, one that the state lacks, or not ascending.
     """
-    count = depth_of(state)
+    names = list(names)
+    count = depth_of(names)
     if not keep or list(keep) != sorted(set(keep)) or not 0 <= keep[0] <= keep[-1] < count:
         raise ValueError(f"pruning: keep {list(keep)} must name some of blocks 0 to {count - 1}, each once, ascending")
     places = {block: place for place, block in enumerate(keep)}
-    pruned = {}
-    for name, tensor in state.items():
+    plan = {}
+    for name in names:
         found = BLOCK.fullmatch(name)
         if found is None:
-            pruned[name] = tensor
+            plan[name] = name
         elif int(found[1]) in places:
-            pruned[f"blocks.{places[int(found[1])]}.{found[2]}"] = tensor
-    return pruned
+            plan[f"blocks.{places[int(found[1])]}.{found[2]}"] = name
+    return plan
 
 
-def depth_of(state: Mapping[str, Tensor]) -> int:
-    """Number of blocks of a state; 0 without any."""
-    return 1 + max((int(found[1]) for name in state if (found := BLOCK.fullmatch(name))), default=-1)
+def prune_depth(state: Mapping[str, Tensor], keep: Sequence[int]) -> dict[str, Tensor]:
+    """The state of a network that has only the blocks `keep` (counted from 0, ascending), in their order.
+
+    Raises:
+        ValueError: see `plan_pruning`.
+    """
+    return {name: state[old] for name, old in plan_pruning(state, keep).items()}
+
+
+def depth_of(names: Iterable[str]) -> int:
+    """Number of blocks of a state, by its names; 0 without any."""
+    return 1 + max((int(found[1]) for name in names if (found := BLOCK.fullmatch(name))), default=-1)
 
 
 def _gated(name: str, tensor: Tensor) -> Tensor:

@@ -29,7 +29,8 @@ class HasBlocks(Protocol):
 class BlockImportance:
     """Watches the blocks of a network between ``with`` and its end; may be entered again and goes on counting.
 
-    Every token of every pass has the same weight, those of an unconditional branch included.
+    Every token of every pass has the same weight, those of an unconditional branch included. Compiled blocks run
+    uncompiled meanwhile, because a compiled graph does not see who watches.
 
     Args:
         network: anything with `blocks`, such as `sana.network.sana.Sana`.
@@ -40,11 +41,15 @@ class BlockImportance:
         self._total = torch.zeros(len(self._blocks), dtype=torch.float64)  # of cosines
         self._tokens = torch.zeros(len(self._blocks), dtype=torch.float64)
         self._hooks: list[Any] = []
+        self._stance: Any = None
         self._pending: dict[torch.device, Tensor] = {}  # sums on the devices of the blocks: adding waits for nothing
 
     def __enter__(self) -> BlockImportance:
         for i, block in enumerate(self._blocks):
             self._hooks.append(block.register_forward_hook(self._watch(i)))
+        if any(block._compiled_call_impl is not None for block in self._blocks):
+            self._stance = torch.compiler.set_stance("force_eager")
+            self._stance.__enter__()
         return self
 
     def __exit__(
@@ -53,6 +58,9 @@ class BlockImportance:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
+        if self._stance is not None:
+            self._stance.__exit__(kind, error, trace)
+            self._stance = None
 
     def _watch(self, i: int) -> Any:
         def watch(block: nn.Module, given: tuple[Any, ...], found: tuple[Any, ...]) -> None:
@@ -72,24 +80,37 @@ class BlockImportance:
     def _dtype(device: torch.device) -> torch.dtype:
         return torch.float32 if device.type == "mps" else torch.float64
 
+    def sums(self) -> Tensor:
+        """(2, blocks) float64: sums of cosines, and how many, that this process has seen."""
+        for sums in self._pending.values():
+            self._total += sums.double().cpu()
+        self._pending.clear()
+        return torch.stack([self._total, self._tokens])
+
     def values(self) -> list[float]:
         """BI of each block, in [0, 2]; over all processes where there are several, which must all call this.
 
         Raises:
             ValueError: some block has seen no tokens.
         """
-        for sums in self._pending.values():
-            self._total += sums.double().cpu()
-        self._pending.clear()
-        both = torch.stack([self._total, self._tokens])
+        both = self.sums()
         if dist.is_available() and dist.is_initialized():
             both = both.to("cuda" if dist.get_backend() == "nccl" else "cpu")
             dist.all_reduce(both)
             both = both.cpu()
-        if not (both[1] > 0).all():
-            idle = int((both[1] == 0).nonzero()[0])
-            raise ValueError(f"importance: block {idle} has seen no tokens; draw within `with`, then ask")
-        return (1 - both[0] / both[1]).tolist()
+        return values_of(both)
+
+
+def values_of(sums: Tensor) -> list[float]:
+    """BI of each block from `BlockImportance.sums`, or from a sum of several.
+
+    Raises:
+        ValueError: some block has seen no tokens.
+    """
+    if not (sums[1] > 0).all():
+        idle = int((sums[1] == 0).nonzero()[0])
+        raise ValueError(f"importance: block {idle} has seen no tokens; draw within `with`, then ask")
+    return (1 - sums[0] / sums[1]).tolist()
 
 
 def _dot(x: Tensor, y: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The command line of train.py, sample.py and eval.py: help, compose, check, plan, sweep, run.
+"""The command line of train.py, sample.py, eval.py and scripts/importance.py: help, compose, check, plan, sweep, run.
 
 Until a configuration has passed its check nothing heavy is imported: help and refusals take a second.
 """
@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 Task = Callable[["Composed"], int | None]
 
 # Settings that are prose: what stands behind the sign is the text, commas and quotes included.
-PROSE = {"sample": ("prompt", "negative")}
+PROSE = {"sample": ("prompt", "negative"), "importance": ("prompt",)}
+FILES = {"importance": "scripts/importance.py"}  # of other entries it is <entry>.py
 QUOTED = re.compile(r"""\"(?:[^\"\\]|\\.)*\"|'(?:[^'\\]|\\.)*'|\[.*\]""", re.DOTALL)
 SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|API_?KEY|CREDENTIAL", re.IGNORECASE)
 FAILED = 1  # exit code: the run began and failed, and one line says why
@@ -48,6 +49,11 @@ python eval.py ckpt=runs/tiny/2026-01-31_12-00-00_0
 python eval.py ckpt=... metric=[geneval_scenes,fid_scenes] sampler.steps=10
 python eval.py images=pictures metadata=evaluation_metadata.jsonl metric=[geneval] metric.geneval.detector.weights=PATH
 python eval.py images=pictures reference=photographs features=PATH metric=[fid,kid] output=fid.json""",
+    "importance": """\
+python scripts/importance.py ckpt=scenes out=importance
+python train.py init=scenes start=prune start.importance=importance/importance.json network.depth=4
+python scripts/importance.py ckpt=... prompt=prompts.txt sampler.steps=10
+torchrun --nproc-per-node 8 scripts/importance.py ckpt=...""",
 }
 
 
@@ -104,7 +110,7 @@ def launch(entry: str, task: Task, arguments: Sequence[str] | None = None) -> in
     """Run an entry point.
 
     Args:
-        entry: "train", "sample" or "eval"; conf/<entry>.yaml is composed.
+        entry: "train", "sample", "eval" or "importance"; conf/<entry>.yaml is composed.
         task: does the work, given a configuration that passed the check.
         arguments: the command line, sys.argv's where None.
 
@@ -178,7 +184,7 @@ def _run(entry: str, task: Task, given: Arguments) -> int:
 def help_text(entry: str) -> str:
     """Usage, examples and the choices of an entry point."""
     lines = [
-        f"usage: python {entry}.py [options] [group=option ...] [section.key=value ...]",
+        f"usage: python {FILES.get(entry, entry + '.py')} [options] [group=option ...] [section.key=value ...]",
         "",
         "examples:",
     ]

@@ -16,13 +16,25 @@ def curves(series: Mapping[str, Series]) -> str:
     """Charts of all metrics: the known ones first, then up to OTHERS that have at least two values."""
     bins = sorted((k for k in series if k[:10] == "val/loss_t" and k[10:].isdigit()), key=lambda k: int(k[10:]))
     tasks = [k for k in ("val/overall", *(f"val/{task}" for task in TASKS)) if k in series]
-    known = {"train/loss", "val/loss", "train/grad_norm", "train/lr", "train/samples_per_s", *PARTS, *bins, *tasks}
+    blocks = sorted(k for k in series if k.startswith("importance/block_"))
+    known = {
+        *blocks,
+        "train/loss",
+        "val/loss",
+        "train/grad_norm",
+        "train/lr",
+        "train/samples_per_s",
+        *PARTS,
+        *bins,
+        *tasks,
+    }
     known |= {"train/samples", "time/evaluation"}  # one is a straight line, the other not part of a training step
     others = sorted(k for k in series if k not in known and len(series[k][0]) > 1)
     charts = [
         _loss(series),
         _by_time(series, bins),
         _accuracy(series, tasks),
+        _importance(series, blocks),
         _single(series, "train/grad_norm", "Gradient norm", "Global norm before clipping.", log=True),
         _single(series, "train/lr", "Learning rate", "What the schedule gave at each update.", zero=True),
         _single(series, "train/samples_per_s", "Throughput (images/s)", "Training images per second.", zero=True),
@@ -62,6 +74,19 @@ def _accuracy(series: Mapping[str, Series], tasks: list[str]) -> str:
         for k in tasks
     ]
     return chart("Accuracy while training", "Few prompts at fixed seeds: read the trend.", lines, percent=True)
+
+
+def _importance(series: Mapping[str, Series], blocks: list[str]) -> str:
+    n = len(blocks)
+    few = {round(i * (n - 1) / 9) for i in range(10)}  # that are named; all are drawn
+    lines = [
+        Line(f"block {int(k[17:])}" if i in few else "", *series[k], f"t{round(9 * i / max(1, n - 1))}", "dots")
+        for i, k in enumerate(blocks)
+    ]
+    caption = (
+        "1 - cos of the tokens before and after each block, on the same samples, noise and times: 0 is an identity."
+    )
+    return chart("Block importance", caption, lines, log=True)
 
 
 def _parts(series: Mapping[str, Series]) -> str:

@@ -72,12 +72,13 @@ def restore(composed: Composed) -> Restored:
     recipe = training(found, config.get("recipe")).config
     device = choose_device(config.device)
     precision = fast_precision() if config.precision == "auto" else config.precision
-    parts: dict[str, Any] = {} if config.get("allow_missing") else {"network": _empty(recipe.model)}
+    parts: dict[str, Any] = {} if config.get("allow_missing") else {"network": empty_network(recipe.model)}
     if recipe.model.get("compile"):  # a minute, and a C++ compiler on CPUs: what training pays back, drawing does not
         parts["compile"] = False
     module = build(recipe.model, "model", **{name: part for name, part in parts.items() if part is not None})
     bf16 = precision == "bf16-mixed"
-    _limit_memory(module.frozen.autoencoder, config, bf16)
+    if "autoencoder" in config:
+        _limit_memory(module.frozen.autoencoder, config, bf16)
     return Restored(module, recipe, found.path, found.home, device, bf16)
 
 
@@ -101,7 +102,7 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def _empty(model: DictConfig) -> Any:
+def empty_network(model: DictConfig) -> Any:
     """The network on the meta device, as its weights come from the checkpoint; None where some of it would not."""
     if model.get("network") is None:
         return None

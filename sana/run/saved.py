@@ -22,6 +22,7 @@ from sana.run.recipe import training_of
 from sana.run.records import is_first_rank
 from sana.run.runs import Found, find_checkpoint, find_weights, read_overrides
 from sana.run.schema import check
+from sana.run.starting import check_start
 
 OF_SCORING = ("images", "metadata", "reference", "features", "allow_small_n", "output", "device", "metric")
 
@@ -185,10 +186,7 @@ def _check_places(composed: Composed) -> None:
                 )
     if values["resume"] not in (None, AUTO):
         find_checkpoint(values["resume"], key="resume")
-    if values["init"] is not None:
-        if values["resume"] is not None:
-            raise ConfigError("init: starts a run from weights, resume goes on with one; give one of the two")
-        find_weights(values["init"], key="init")
+    check_start(composed)
     directory = values["run"]["dir"]
     if values["resume"] == AUTO and directory is not None and (Path(directory) / "status.json").is_file():
         return

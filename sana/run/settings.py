@@ -48,7 +48,9 @@ class Train:
         resume: a checkpoint, or the directory of a run, to go on from in a new run directory; "auto": go on in the
             directory of this very run, in `run.dir` or where the same settings ran before, or start if there is none.
         allow_partial: resume from a checkpoint that lacks something, which then starts anew.
-        init: weights to start from: anything that `ckpt` of sample.py takes.
+        init: weights to start from: anything that `ckpt` of sample.py takes. With resume=auto they are for the first
+            part of the run.
+        start: what is made of them: see `sana.model.start`.
         block: one layer of the network, which `network.blocks` refers to.
         strategy: how the run is spread over devices; "auto" leaves it to Lightning.
         quant: quantisation; a training run takes null only.
@@ -68,6 +70,7 @@ class Train:
     logger: Nodes
     allow_partial: bool = False
     init: str | None = None
+    start: Node | None = None
     quant: Node | None = None
     network: Node | None = None
     block: Node | None = None
@@ -225,6 +228,39 @@ class Eval:
     metric: Nodes
     sampler: Node | None = None
     quant: Node | None = None
+
+
+@dataclass
+class Importance:
+    """Keys of conf/importance.yaml.
+
+    Attributes:
+        ckpt: as for sample.py; averaged weights where there are any, as `init` of train.py takes them.
+        prompt: calibration prompts: a list of texts, or a .txt, .json or .jsonl file; null: 100 of the scenes world for
+            networks that learnt it, 100 descriptions of photographs for others.
+        out: folder of the report; null makes one in the run's directory.
+        seed: of the noise of the first prompt; the others have seed + 1, ...
+        size: pixels of a side; null takes the size of training.
+        batch_size: prompts per call of the network; each process takes a share of the batches.
+        device: "auto", or a torch device.
+        precision: of the network.
+        recipe: experiment of conf/ that weights without a run were trained like.
+        allow_missing, allow_extra: names or patterns of tensors that the checkpoint may lack or have over.
+    """
+
+    ckpt: str
+    prompt: str | list[str] | None
+    out: str | None
+    seed: int
+    size: int | None
+    batch_size: int
+    device: str
+    precision: Literal["auto", "bf16-mixed", "32-true"]
+    recipe: str | None
+    allow_missing: list[str]
+    allow_extra: list[str]
+    timestep: Timestep
+    sampler: Node
 
 
 @dataclass

@@ -35,6 +35,8 @@ def test_every_option_of_every_group(group: str) -> None:
         composed = compose("train", [f"{group}={option}"])
         if group == "logger":
             composed = compose("train", [f"{group}={option}", "run.dir=somewhere"])
+        if group == "start" and option.startswith("grow"):
+            composed = compose("train", [f"{group}={option}", "start.kept=3"])
         check(composed)
 
 
@@ -146,3 +148,18 @@ def test_the_tiny_network_fits_its_encoders() -> None:
     autoencoder = load(root / values["encoder"]["autoencoder"]["path"])
     assert values["network"]["in_channels"] == autoencoder.channels
     assert values["size"] % (autoencoder.ratio * values["network"]["patch"]) == 0
+
+
+def test_growing_and_pruning_are_the_paper_s() -> None:
+    """Spec 8.2 and 8.3: 18 of 20 blocks stay and 42 are new, 8-bit CAME; 40 and 20 of 60 stay, 100 updates."""
+    grown = compose("train", ["experiment=sana15/grow_1600m_to_4800m"]).resolved
+    assert (grown["start"]["kept"], grown["network"]["depth"]) == (18, 60)
+    assert grown["start"]["growth"] == {"_target_": "sana.network.growth.Constant", "scale": 0.0}
+    assert grown["optimizer"]["_target_"] == "sana.optimizer.came_8bit.CAME8bit"
+    assert (grown["optimizer"]["lr"]["lr"], grown["data"]["batch_size"], grown["trainer"]["max_steps"]) == (
+        1e-4, 1024, 100_000,
+    )  # fmt: skip
+    for name, depth in (("3200m", 40), ("1600m", 20)):
+        pruned = compose("train", [f"experiment=sana15/prune_4800m_to_{name}"]).resolved
+        assert (pruned["network"]["depth"], pruned["trainer"]["max_steps"]) == (depth, 100)
+        assert pruned["block"]["mixer"]["qk_norm"]

@@ -94,7 +94,7 @@ def test_going_on_keeps_directory_id_and_start(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="in use"):
         prepare("train", [place])  # without resume=auto nothing is touched
     with pytest.raises(ConfigError, match="give one of the two"):
-        prepare("train", [place, "resume=auto", f"init={first}"])
+        prepare("train", [f"run.dir={tmp_path / 'new'}", f"resume={first}", f"init={first}"])
 
 
 def test_metrics_are_one_curve(tmp_path: Path) -> None:

@@ -286,3 +286,33 @@ def test_each_way_of_saving_memory_says_what_it_saves() -> None:
     assert whole.frozen == 4 * counts["autoencoder"] + 2 * counts["text encoder"]
     assert plan.frozen == max(4 * counts["autoencoder"], 2 * counts["text encoder"])
     assert plan.activations < whole.activations == plan.whole
+
+
+def test_the_grown_network_takes_what_its_parts_take() -> None:
+    """SANA-1.5 4.8B under 8-bit CAME, counted by hand from the published shapes (spec 2 and 6.4)."""
+    from sana.optimizer.came_8bit import blocks_per_row
+
+    d, m = 2240, 5600
+
+    def matrix(rows: int, columns: int) -> int:
+        """Bytes of a large matrix: a code per element, a scale per block of a row, four statistics in float32."""
+        return rows * columns + 4 * rows * blocks_per_row(columns, 2048) + 4 * 2 * (rows + columns)
+
+    def rest(numbers: int) -> int:
+        """Momentum and second moment in float32."""
+        return 8 * numbers
+
+    def small(rows: int, columns: int) -> int:
+        """A factored matrix of at most 16,384 elements: momentum in float32."""
+        return 4 * rows * columns + 8 * (rows + columns)
+
+    block = small(6, d) + matrix(3 * d, d) + 3 * matrix(d, d) + matrix(2 * d, d) + matrix(2 * m, d) + matrix(d, m)
+    block += rest(d + d + 2 * d + d + 2 * m + 9 * 2 * m + 2 * m + 4 * d)
+    other = matrix(d, 32) + matrix(d, 256) + matrix(d, d) + matrix(6 * d, d) + matrix(d, 2304) + matrix(d, d)
+    other += matrix(32, d) + small(2, d) + rest(d + d + d + 6 * d + d + d + d + 32)
+    plan = make_plan(compose("train", ["experiment=sana15/grow_1600m_to_4800m", "strategy=fsdp", "trainer.devices=64"]))
+    assert plan.parameters["network"] == 4_721_825_952
+    assert plan.weights == plan.gradients == 4 * 4_721_825_952
+    assert plan.states == 60 * block + other
+    assert plan.average == 0
+    assert plan.per_device == (plan.weights + plan.gradients + plan.states) // 64 + plan.frozen + plan.activations

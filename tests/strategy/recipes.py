@@ -194,6 +194,7 @@ def run(
     non_finite: str = "stop",
     precision: str = "32-true",
     every: int = 10**6,
+    rate: float = 1.0,
 ) -> dict[str, Any]:
     """Train; rank 0 leaves ``result.pt`` in `out`: losses, and all values of the end, whole."""
     if WORLD != "1":
@@ -201,6 +202,9 @@ def run(
     world = int(WORLD)
     recipe = image() if kind == "image" else Adversarial()
     recipe.resume = resume
+    if rate != 1:  # of the last two blocks, as after a growth
+        names = (name for name, _ in recipe.trainables()["network"].named_parameters())
+        recipe.rates = {"network": {name: rate for name in names if name.startswith(("blocks.1.", "blocks.2."))}}
     curve = Curve()
     trainer = Trainer(
         max_steps=steps, accelerator="cpu", devices=world, strategy=STRATEGIES[strategy](), logger=False,

@@ -80,6 +80,7 @@ def two(folder: Path, single: dict[str, Any]) -> dict[str, dict[str, Any]]:
         "from one": {"strategy": "fsdp", "steps": STEPS + 2, "resume": checkpoint},
         "two optimizers, ddp": {"strategy": "ddp", "steps": 10, "kind": "adversarial"},
         "two optimizers, fsdp": {"strategy": "fsdp", "steps": 10, "kind": "adversarial"},
+        "rates": {"strategy": "fsdp", "steps": 12, "rate": 4.0, "every": 6},
         "poison": {"strategy": "ddp", "steps": 5, "poison": 31},
         "poison, fsdp": {"strategy": "fsdp", "steps": 5, "poison": 31},
         "poison skipped": {"strategy": "fsdp", "steps": 5, "poison": 31, "non_finite": "skip"},
@@ -107,6 +108,20 @@ def test_a_resumed_run_is_the_straight_one_bit_for_bit(two: dict[str, dict[str, 
         for part in ("whole", "average"):
             for key, value in straight[part].items():
                 assert torch.equal(again[part][key], value), (name, part, key)
+
+
+def test_groups_of_other_rates_are_sharded_and_resumed(
+    folder: Path, single: dict[str, Any], two: dict[str, dict[str, Any]]
+) -> None:
+    one = run(str(folder / "rates"), "single", 12, rate=4.0)
+    close(two["rates"]["losses"], one["losses"], 1e-5)
+    assert one["losses"][0] == single["losses"][0]
+    assert abs(one["losses"][-1] - single["losses"][11]) > 1e-4
+    halfway = folder / "2_11_fsdp" / "checkpoints" / "step_00000006.ckpt"
+    again = on_ranks(2, folder / "rates", [{"strategy": "fsdp", "steps": 12, "rate": 4.0, "resume": str(halfway)}])[0]
+    assert again["losses"] == two["rates"]["losses"][6:]
+    for key, value in two["rates"]["whole"].items():
+        assert torch.equal(again["whole"][key], value), key
 
 
 def test_every_public_method_gathers_what_it_needs(single: dict[str, Any], two: dict[str, dict[str, Any]]) -> None:
