@@ -1,5 +1,4 @@
-"""Drawing: ``python sample.py ckpt=<run or checkpoint> prompt="a red circle" n=8``; ``--help`` lists the
-rest."""
+"""Drawing: ``python sample.py ckpt=<run or checkpoint> prompt="a red circle" n=8``; ``--help`` lists the rest."""
 
 from __future__ import annotations
 
@@ -15,22 +14,25 @@ REQUEST = ("n", "seed", "negative", "height", "width", "size", "bins", "layout")
 
 
 def sample(composed: Composed) -> None:
-    """Load, draw what is missing, and write one PNG and one JSON per image."""
+    """Load, draw what is missing, choose if there is a judge, and write one PNG and one JSON per image."""
+    from sana.run.choice import check_choice
     from sana.run.dtype import check_dtypes
     from sana.run.error import ConfigError
     from sana.run.prompts import read_prompts
 
     config, settings = composed.config, composed.resolved
-    requests, dtype = read_prompts(settings["prompt"]), config.dtype
+    keep, requests, dtype = check_choice(settings), read_prompts(settings["prompt"]), config.dtype
     check_dtypes(config.precision, dtype.autoencoder, dtype.text)
 
+    from sana.model.best_of import Choice
     from sana.model.draw_progress import DrawProgress
-    from sana.model.drawing import draw_grid, draw_jobs, plan_jobs
+    from sana.model.draw_requests import draw_requests
     from sana.model.load import load_weights
     from sana.model.placing import cast_parts, place_painter
     from sana.run.build import build
     from sana.run.restore import restore
 
+    choice = keep and Choice(build(config.judge, "judge"), config.best_of, keep, config.keep_all)
     sampler, restored = build(config.sampler, "sampler"), restore(composed)
     module, folder = restored.module, Path(config.out or restored.run / "drawn")
     try:
@@ -39,18 +41,16 @@ def sample(composed: Composed) -> None:
         if config.quant is not None:
             module.network = build(config.quant, "quant")(module.network)
         painter = place_painter(module, restored.device, config.offload, dtype.autoencoder)
-        jobs = plan_jobs(requests, folder, multiple=painter.multiple, **{key: settings[key] for key in REQUEST})
+        plan = {"multiple": painter.multiple} | {key: settings[key] for key in REQUEST}
         mask = config.negative_mask or restored.training.model.get("null_mask")
         facts = restored.facts(composed) | {"negative_mask": mask, "dtype": settings["dtype"]}
         if config.precision == "bf16-true":
             facts["precision"] = config.precision
-        preview = (folder / ".preview.png", config.preview) if config.preview else None
-        options = {"batch": config.batch_size, "negative_mask": mask, "preview": preview, "progress": DrawProgress()}
+        options = {"batch": config.batch_size, "negative_mask": mask, "progress": DrawProgress(), "grid": config.grid}
+        options |= {"choice": choice, "preview": (folder / ".preview.png", config.preview) if config.preview else None}
         with restored.autocast():
-            for path in draw_jobs(painter, jobs, sampler, facts, **options):
+            for path in draw_requests(painter, requests, folder, plan, sampler, facts, **options):
                 print(path, flush=True)
-        if config.grid:
-            print(draw_grid(folder / "grid.png", jobs))
     except ValueError as error:  # what only the weights or the prompts could tell
         raise ConfigError(str(error)) from error
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,7 @@ import torch
 HUB = "hf://"
 DIGITS = 16  # of a digest that is shown
 FOLDER_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]  # of a repository; not its other formats
+CODE_FILES = ["*.py"]  # of a repository whose code is run, where that was asked for
 
 
 class MissingWeightsError(ValueError):
@@ -71,13 +72,14 @@ class Located:
         return f"{self.path.name}" + (f" sha256:{self.sha256}" if self.sha256 else "")
 
 
-def locate(given: str | None, known: Published, key: str) -> Located:
+def locate(given: str | None, known: Published, key: str, files: Sequence[str] = FOLDER_FILES) -> Located:
     """Find weights.
 
     Args:
         given: path, hub address or ``random:SEED``; None where nothing was given.
         known: what is expected there, for the message and the checksum.
         key: of the setting, for the message.
+        files: patterns of what is fetched of a repository of the hub.
 
     Raises:
         MissingWeightsError: nothing was given or found, or a file whose digest contradicts its name.
@@ -86,7 +88,7 @@ def locate(given: str | None, known: Published, key: str) -> Located:
         raise MissingWeightsError(f"{_need(known)}; {_how(known, key)}")
     if (seed := random_seed(given)) is not None:
         return Located(given, None, seed)
-    path = _from_hub(given, known, key) if given.startswith(HUB) else Path(given).expanduser()
+    path = _from_hub(given, known, key, files) if given.startswith(HUB) else Path(given).expanduser()
     if not path.exists():
         raise MissingWeightsError(f"{key}={given}: no such file; {_need(known)}; {_how(known, key)}")
     if path.is_dir():
@@ -143,7 +145,7 @@ def _how(known: Published, key: str) -> str:
     return f"get it from {known.source} and give {key}=PATH, or {key}=random:0 to try the path without it"
 
 
-def _from_hub(given: str, known: Published, key: str) -> Path:
+def _from_hub(given: str, known: Published, key: str, files: Sequence[str]) -> Path:
     from huggingface_hub import hf_hub_download, snapshot_download
 
     parts = given.removeprefix(HUB).strip("/").split("/")
@@ -151,7 +153,7 @@ def _from_hub(given: str, known: Published, key: str) -> Path:
         raise MissingWeightsError(f"{key}={given}: write hf://organisation/repository or .../repository/file")
     try:
         if len(parts) == 2:
-            return Path(snapshot_download("/".join(parts), allow_patterns=FOLDER_FILES))
+            return Path(snapshot_download("/".join(parts), allow_patterns=list(files)))
         return Path(hf_hub_download("/".join(parts[:2]), "/".join(parts[2:])))
     except (OSError, ValueError) as error:
         line = str(error).strip().splitlines()[0]

@@ -66,3 +66,24 @@ class DrawProgress:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
+
+
+class OneOfMany(DrawProgress):
+    """For a drawing that is a part of a longer one: its steps count, its beginning and end do not.
+
+    Args:
+        whole: progress of the longer one.
+    """
+
+    def __init__(self, whole: DrawProgress) -> None:
+        self.whole = whole
+
+    def start(self, total: int, there: int) -> None:
+        """Nothing."""
+
+    def step(self, images: int, steps: int) -> None:
+        """As `DrawProgress.step`."""
+        self.whole.step(images, steps)
+
+    def close(self) -> None:
+        """Nothing."""

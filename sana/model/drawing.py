@@ -188,7 +188,7 @@ def draw_jobs(
         raise ValueError(f"batch_size: {batch}; expected at least 1")
     painter.perturbed_layers(sampler)  # before anything is written
     shared, batches = json.loads(to_json(facts)), list(_batches(jobs, batch))
-    missing = [{job.path for job in some if not _finished(job, shared)} for some in batches]
+    missing = [{job.path for job in some if not is_finished(job, shared)} for some in batches]
     if progress is not None:
         progress.start(len(jobs), sum(len(some) for some, lack in zip(batches, missing, strict=True) if not lack))
     ahead = dict.fromkeys(job.prompt for some, lack in zip(batches, missing, strict=True) if lack for job in some)
@@ -212,7 +212,7 @@ def draw_jobs(
                 )
                 for job, image in zip(some, images, strict=True):
                     if job.path in lack:
-                        _save(job, image, shared)
+                        save_job(job, image, shared)
             yield from (job.path for job in some)
     finally:
         if shown is not None:
@@ -251,8 +251,8 @@ def _batches(jobs: Sequence[Job], batch: int) -> Iterator[list[Job]]:
             yield group[start : start + batch]
 
 
-def _finished(job: Job, shared: Mapping[str, Any]) -> bool:
-    """Whether the image is there, as it would be drawn now."""
+def is_finished(job: Job, shared: Mapping[str, Any]) -> bool:
+    """Whether the image is there, as it would be drawn now; `shared` has been through JSON."""
     record = read_sidecar(job.path)
     if record is None or not job.path.is_file() or record.get("size") != [job.asked[1], job.asked[0]]:
         return False
@@ -260,7 +260,8 @@ def _finished(job: Job, shared: Mapping[str, Any]) -> bool:
     return all(record.get(k) == wanted.get(k) for k in (record.keys() | wanted.keys()) - LOOSE)
 
 
-def _save(job: Job, image: np.ndarray, shared: Mapping[str, Any]) -> None:
+def save_job(job: Job, image: np.ndarray, shared: Mapping[str, Any]) -> None:
+    """Write an image (H, W, 3) uint8 where its job says, with the facts that it shares with others and its own."""
     if job.path.parent.name == "samples":  # GenEval's layout, whose scorer reads the line from here
         job.path.parent.mkdir(parents=True, exist_ok=True)
         line = json.dumps(dict(job.metadata) or {"prompt": job.prompt}, ensure_ascii=False)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sana.model.candidates import FILE, POOL
 from sana.run.prompts import read_prompts
 from sana.run.results import read_results
 from sana.run.sidecar import read_image, read_sidecar
@@ -63,7 +64,7 @@ def find_images(
 
     What is known is the line of `lines` that an image belongs to, or its sidecar, or GenEval's ``metadata.jsonl`` in
     its folder or the one above; the record always has "metadata", "split" and "entry". ``grid.png`` is left out, as
-    GenEval has it.
+    GenEval has it, and so are the candidates that a choice was made from (`sana.model.best_of`).
 
     Args:
         folder: of the images.
@@ -83,7 +84,8 @@ def find_images(
     known = read_results(folder / MANIFEST)
     suffixes = SUFFIXES if known is None else (".png",)
     paths = (p for p in folder.rglob("*") if p.suffix.lower() in suffixes and not p.name.startswith("."))
-    for path in sorted(p for p in paths if p.name != "grid.png"):
+    others = folder / POOL if (folder / FILE).is_file() else None
+    for path in sorted(p for p in paths if p.name != "grid.png" and others not in p.parents):
         record = read_sidecar(path) or {}
         home = path.parent.parent if path.parent.name == "samples" else path.parent
         if lines is not None:

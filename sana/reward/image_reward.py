@@ -30,6 +30,7 @@ class ImageReward:
         device: "auto", or a torch device.
         batch_size: images per call of the network.
         sizes: of the network.
+        key: of the node that this is, for messages.
     """
 
     def __init__(
@@ -39,15 +40,16 @@ class ImageReward:
         device: str = "auto",
         batch_size: int = 16,
         sizes: Sizes = Sizes(),  # noqa: B008 (frozen)
+        key: str = "metric.image_reward.reward",
     ) -> None:
-        located = locate(weights, WEIGHTS, "metric.image_reward.reward.weights")
+        located = locate(weights, WEIGHTS, f"{key}.weights")
         from transformers import AutoTokenizer
 
         try:
             self.tokenizer: Any = AutoTokenizer.from_pretrained(tokenizer.removeprefix("hf://"))
         except (OSError, ValueError) as error:
             raise MissingWeightsError(
-                f"metric.image_reward.reward.tokenizer={tokenizer}: not to be had ({str(error).splitlines()[0][:99]}); "
+                f"{key}.tokenizer={tokenizer}: not to be had ({str(error).splitlines()[0][:99]}); "
                 "give the folder of google-bert/bert-base-uncased's tokenizer"
             ) from None
         self.device, self.batch_size, self.side = place(device), batch_size, sizes.side

@@ -19,7 +19,6 @@ WEIGHTS = Published(
     "the folder of yuvalkirstain/PickScore_v1",
     "hf://yuvalkirstain/PickScore_v1",
 )
-KEY = "metric.pick_score.reward.weights"
 
 
 class PickScore:
@@ -29,12 +28,19 @@ class PickScore:
         weights: folder with a CLIPModel and its processor, or ``hf://organisation/repository``.
         device: "auto", or a torch device.
         batch_size: images per call of the network.
+        key: of the setting that names the weights, for messages.
     """
 
-    def __init__(self, weights: str | None = None, device: str = "auto", batch_size: int = 16) -> None:
-        located = locate(weights, WEIGHTS, KEY)
+    def __init__(
+        self,
+        weights: str | None = None,
+        device: str = "auto",
+        batch_size: int = 16,
+        key: str = "metric.pick_score.reward.weights",
+    ) -> None:
+        located = locate(weights, WEIGHTS, key)
         if located.path is None:
-            raise ValueError(f"{KEY}={weights}: needs a folder, which says the architecture and the words")
+            raise ValueError(f"{key}={weights}: needs a folder, which says the architecture and the words")
         from transformers import AutoProcessor, CLIPModel
 
         self.device, self.batch_size = place(device), batch_size

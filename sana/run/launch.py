@@ -43,6 +43,7 @@ python train.py --rerun runs/tiny/2026-01-31_12-00-00_0      the same settings a
     "sample": """\
 python sample.py ckpt=runs/tiny/2026-01-31_12-00-00_0 prompt="a red circle left of a blue square" n=8
 python sample.py ckpt=... prompt=prompts.txt n=4 out=pictures grid=true      (stop it and run it again: it goes on)
+python sample.py ckpt=... prompt=prompts.jsonl best_of=32 keep=4 judge=verifier judge.weights=PATH out=chosen
 python sample.py ckpt=... prompt="..." width=1920 height=1080 sampler=flow_euler sampler.pag_scale=2""",
     "eval": """\
 python eval.py ckpt=runs/tiny/2026-01-31_12-00-00_0

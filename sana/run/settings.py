@@ -129,6 +129,9 @@ class Sample:
             training.
         n: images of each prompt, at seeds seed, seed + 1, ...; null is 4, or the number of seeds.
         seed: of the first image of each prompt, or a list with one seed per image.
+        best_of: candidates per prompt, of which `judge` chooses; null draws without choosing.
+        keep: how many are kept, best first; null is 1.
+        keep_all: keep all candidates as well, in the folder "pool", where another judge can look at them.
         size: nominal resolution of the model; null takes the size of training.
         width, height: pixels of the images; null is size.
         bins: draw at the nearest of the published sizes (512, 1024, 2048, 4096 px), then resize and crop.
@@ -144,6 +147,7 @@ class Sample:
         weights: the averaged ("ema") or the last ("live") weights of the network.
         recipe: experiment of conf/ that weights without a run were trained like.
         allow_missing, allow_extra: names or patterns of tensors that the checkpoint may lack or have over.
+        judge: who chooses with `best_of`; null without.
     """
 
     ckpt: str
@@ -152,6 +156,9 @@ class Sample:
     negative_mask: Literal["own", "caption"] | None
     n: int | None
     seed: int | list[int]
+    best_of: int | None
+    keep: int | None
+    keep_all: bool
     size: int | None
     width: int | None
     height: int | None
@@ -173,6 +180,7 @@ class Sample:
     autoencoder: Autoencoder
     sampler: Node
     quant: Node | None = None
+    judge: Node | None = None
 
 
 @dataclass

@@ -4,68 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from sana.metric.dpg import DPG
 from sana.metric.vlm import REQUEST, YesNo
 
-WORDS = ["<pad>", "<unk>", "<s>", "</s>", "<image>", "USER:", "ASSISTANT:", "yes", "Yes", "no", "No", "Is", "it", "red"]
-WORDS += ["?", ".", "Answer", "with", "or", "a", "circle", "there"]
-TEMPLATE = (
-    "{% for m in messages %}USER: {% for c in m['content'] %}{% if c['type'] == 'image' %}<image> "
-    "{% else %}{{ c['text'] }} {% endif %}{% endfor %}{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
-)
 
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import (
-        CLIPImageProcessor,
-        CLIPVisionConfig,
-        LlamaConfig,
-        LlavaConfig,
-        LlavaForConditionalGeneration,
-        LlavaProcessor,
-        PreTrainedTokenizerFast,
-    )
-
-    words = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=words,
-        unk_token="<unk>",
-        pad_token="<pad>",
-        bos_token="<s>",
-        eos_token="</s>",
-        additional_special_tokens=["<image>"],
-    )
-    images = CLIPImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
-    processor = LlavaProcessor(
-        images,
-        tokenizer,
-        patch_size=14,
-        vision_feature_select_strategy="default",
-        chat_template=TEMPLATE,
-        num_additional_image_tokens=1,
-    )
-    torch.manual_seed(1)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
-    network = LlavaForConditionalGeneration(
-        LlavaConfig(
-            vision_config=CLIPVisionConfig(image_size=28, patch_size=14, **sizes).to_dict(),
-            text_config=LlamaConfig(vocab_size=len(WORDS), pad_token_id=0, **sizes).to_dict(),
-            image_token_index=4,
-        )
-    )
-    with torch.no_grad():
-        for parameter in network.parameters():
-            parameter.normal_(0, 0.5)  # far enough from uniform that the image decides
-    out = tmp_path_factory.mktemp("llava")
-    network.save_pretrained(out)
-    processor.save_pretrained(out)
-    return str(out)
+@pytest.fixture
+def folder(llava):
+    return llava
 
 
 def expected(folder: str, image: np.ndarray, question: str) -> float:
@@ -80,7 +27,8 @@ def expected(folder: str, image: np.ndarray, question: str) -> float:
         **inputs, max_new_tokens=1, do_sample=False, output_logits=True, return_dict_in_generate=True
     )
     p = out.logits[0][0].double().softmax(0)
-    yes, no = p[[WORDS.index(w) for w in ("yes", "Yes")]].sum(), p[[WORDS.index(w) for w in ("no", "No")]].sum()
+    words = processor.tokenizer.get_vocab()
+    yes, no = p[[words["yes"], words["Yes"]]].sum(), p[[words["no"], words["No"]]].sum()
     return float((yes / no).log())
 
 
