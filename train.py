@@ -17,7 +17,7 @@ def train(composed: Composed) -> int:
 
     from lightning import seed_everything
 
-    from sana.model.load import start_from
+    from sana.model.teacher import start_from
     from sana.run.begin import begin
     from sana.run.build import build, build_all
     from sana.run.inspect import inspect

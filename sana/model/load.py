@@ -16,13 +16,12 @@ from sana.checkpoint.run_file import Weights, read_run_file
 from sana.checkpoint.source import open_source
 from sana.checkpoint.tensors import Tensors, check_finite, read_safetensors
 from sana.model.generate import Painter
-from sana.model.image import ImageModule
+from sana.model.text_to_image import TextToImage
 from sana.nn.inference import for_inference
-from sana.run.runs import find_weights
 
 
 def load_weights(
-    module: ImageModule,
+    module: TextToImage,
     checkpoint: str | Path,
     weights: Weights = "ema",
     allow_missing: Sequence[str] = (),
@@ -48,6 +47,13 @@ def load_weights(
         CheckpointError: keys are missing, left over or of another shape, with their names; numbers that are not
             finite; or it is no checkpoint of this recipe.
     """
+    state, updates = read_weights(checkpoint, weights)
+    fill(module.network, state, checkpoint, allow_missing, allow_extra)
+    return updates
+
+
+def read_weights(checkpoint: str | Path, weights: Weights = "ema") -> tuple[Tensors, int | None]:
+    """Tensors of a network by its own names, and the updates that they have seen; arguments as in `load_weights`."""
     path, updates = Path(checkpoint), None
     if path.suffix == ".ckpt":
         state, _, updates = read_run_file(path, weights)
@@ -64,20 +70,10 @@ def load_weights(
             if weights == "live" and record.weights == "ema":
                 raise CheckpointError(f"{path}: holds the averaged weights only; leave out weights=live")
         state = state.renamed(lambda name: None if name.startswith(EXTRA) else name)
-    fill(module.network, state, path, allow_missing, allow_extra)
-    return updates
+    return state, updates
 
 
-def start_from(module: ImageModule, name: str) -> None:
-    """Give a recipe that starts anew the weights that `init` names, averaged ones where there are any.
-
-    Raises:
-        ConfigError, CheckpointError: there are none, or they do not fit; see `load_weights`.
-    """
-    load_weights(module, find_weights(name, key="init").path)
-
-
-def make_painter(module: ImageModule, device: str | torch.device) -> Painter:
+def make_painter(module: TextToImage, device: str | torch.device) -> Painter:
     """A painter with the recipe's parts in eval mode on a device."""
     module.frozen.place = "device"  # of a run that draws, not of the one that trained
     module.frozen.to(device)
