@@ -69,7 +69,7 @@ def open_network(path: Path, options: argparse.Namespace) -> Opened:
     else:
         plain = replace(source, pipeline=None)  # a header names no folder of this machine
         facts, composed, notes = match(plain, options.recipe)
-        recipe = recipe_of(composed.resolved, []) if facts.family != "sprint" else None
+        recipe = recipe_of(composed.resolved, [])
         record = Record(recipe, facts.told(), source.record.weights if source.record else None)
     for note in notes:
         print(f"note: {note}", file=sys.stderr)

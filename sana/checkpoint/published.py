@@ -49,8 +49,8 @@ RELEASES = {
         Release("Sana_1600M_4Kpx_BF16", "image/sana_1600m_4096px", 4096, "bf16"),
         Release("SANA1.5_1.6B_1024px", "image/sana15_1600m_1024px", 1024, "bf16"),
         Release("SANA1.5_4.8B_1024px", "image/sana15_4800m_1024px", 1024, "bf16"),
-        Release("Sana_Sprint_0.6B_1024px", None, 1024, "bf16", time_scale=1.0),
-        Release("Sana_Sprint_1.6B_1024px", None, 1024, "bf16", time_scale=1.0),
+        Release("Sana_Sprint_0.6B_1024px", "sprint/student_600m", 1024, "bf16", time_scale=1.0),
+        Release("Sana_Sprint_1.6B_1024px", "sprint/student_1600m", 1024, "bf16", time_scale=1.0),
         Release("Sana_Sprint_0.6B_1024px_teacher", None, 1024, "bf16", time_scale=1.0),
         Release("SANA_Sprint_1.6B_1024px_teacher", None, 1024, "bf16", time_scale=1.0),
     )

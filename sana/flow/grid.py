@@ -5,11 +5,15 @@ All are 1-D and ready for `sana.sampler`; the network is evaluated at all times 
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float64
 from torch import Tensor
 
 from sana.flow.timestep import shift as shift_time
+from sana.flow.trig import linear_time
 
 _FIRST = 1e-3  # the smallest time level of the 1000 on which SANA was trained
 
@@ -70,3 +74,24 @@ def trig_grid(steps: int, first: float = 1.57080, middle: float | None = 1.3) ->
     if not 0 < first <= 1.5708:
         raise ValueError(f"the first time is in (0, pi/2], got {first}")
     return torch.linspace(first, 0.0, steps + 1, dtype=torch.float64)
+
+
+def few_step_grid(
+    steps: int, first: float = 1.57080, middle: float | None = 1.3, times: Sequence[float] | None = None
+) -> Float64[Tensor, " k"]:
+    """`trig_grid` in times of the linear path, from (nearly) 1 to 0: the grid of a `FewStep` sampler.
+
+    Args:
+        steps, first, middle: as in `trig_grid`; a first time beyond pi/2, as published, is taken for pi/2.
+        times: the tau of every step instead, decreasing; the end, 0, is added.
+
+    Raises:
+        ValueError: as in `trig_grid`; or `times` are not as many as steps, do not decrease, or leave (0, pi/2].
+    """
+    if times is None:
+        tau = trig_grid(steps, first, middle)
+    else:
+        tau = torch.tensor([*times, 0.0], dtype=torch.float64)
+        if len(times) != steps or not (tau[0] <= 1.5708 and bool((tau.diff() < 0).all())):
+            raise ValueError(f"times of {steps} steps are as many decreasing numbers in (0, pi/2], got {list(times)}")
+    return linear_time(tau.clamp(max=math.pi / 2))

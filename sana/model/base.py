@@ -201,7 +201,7 @@ class Recipe(LightningModule):
         finally:
             self.seconds[part] += time.perf_counter() - start
 
-    def optimise(self, name: str, loss: Tensor) -> None:
+    def optimise(self, name: str, loss: Tensor, *others: str) -> None:
         """Backward of a loss, and an update of one module at the end of its accumulation window.
 
         All ranks decide alike: a loss that is not finite on one of them makes the gradients so on all.
@@ -209,6 +209,7 @@ class Recipe(LightningModule):
         Args:
             name: key of `trainables`.
             loss: scalar, the mean over this micro-batch.
+            others: modules that this loss updates too, each with its own norm and rate; they share every window.
 
         Raises:
             NonFiniteError: a loss or the global gradient norm is not finite, and no more of that is tolerated. Nothing
@@ -219,10 +220,14 @@ class Recipe(LightningModule):
             return
         spoil = torch.where(torch.isfinite(loss.detach()), 1.0, torch.nan)
         self.manual_backward(loss * spoil / self.accumulate)
-        self._pending[name] += 1
-        if self._pending[name] < self.accumulate:
-            return
-        self._pending[name] = 0
+        for each in (name, *others):
+            self._pending[each] = (self._pending[each] + 1) % self.accumulate
+        if not self._pending[name]:
+            for each in (name, *others):
+                self._update(each)
+
+    def _update(self, name: str) -> None:
+        """Clip, schedule, step and average one module, unless its gradients are not finite."""
         plan, module = self.optimisation[name], self.trainables()[name]
         gradients = [p.grad for p in module.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)

@@ -241,9 +241,13 @@ class Painter:
             return self._velocity(x, t, alone, edits)
 
         # Drawn on the CPU: the same noise whatever the device.
-        shape = (self.autoencoder.channels, 1, *grid)
-        noise = normal(NOISE_SEED, torch.tensor(list(seeds), dtype=torch.int64), "sampling noise", shape)
-        return sampler(conditional, pair, noise.to(self.device), perturbed, on_step)
+        shape, index = (self.autoencoder.channels, 1, *grid), torch.tensor(list(seeds), dtype=torch.int64)
+        noise = normal(NOISE_SEED, index, "sampling noise", shape).to(self.device)
+
+        def fresh(step: int) -> Tensor:
+            return normal(NOISE_SEED, index, f"sampling noise {step}", shape).to(self.device)
+
+        return sampler(conditional, pair, noise, perturbed, on_step, fresh)
 
     def _velocity(self, x: Tensor, t: Tensor, prepared: Prepared, edits: Edits | None = None) -> Tensor:
         time = t[:, None].to(x.dtype)

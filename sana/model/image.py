@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from sana.data.caching import Encoding
-from sana.model.base import Optimisation, OptimizerFactory, Recipe, Schedule, share_of_good, weighted_mean
-from sana.model.encoding import encode_captions, encode_latents
+from sana.model.base import Optimisation, OptimizerFactory, Schedule, share_of_good, weighted_mean
 from sana.model.frozen import Frozen, Place
-from sana.ops.random import normal, spread, uniform
+from sana.model.text_to_image import TextToImage
+from sana.ops.random import normal, spread
 from sana.types import Batch, Condition, Grid
 
 
-class ImageModule(Recipe):
+class ImageModule(TextToImage):
     """Trains `network` as the velocity field of images under captions.
 
     Args:
@@ -54,20 +53,17 @@ class ImageModule(Recipe):
         frozen: Place = "device",
     ) -> None:
         plan = Optimisation(optimizer, schedule, clip_norm, ema_decay)
-        super().__init__({"network": plan}, seed=seed)
-        if not 0.0 <= caption_dropout <= 1.0:
-            raise ValueError(f"caption_dropout must be in [0, 1], got {caption_dropout}")
-        if null_mask not in ("own", "caption"):
-            raise ValueError(f"null_mask must be 'own' or 'caption', got {null_mask!r}")
-        self.network = network
-        self.frozen = Frozen(frozen, autoencoder=autoencoder, text_encoder=text_encoder)
+        super().__init__(
+            {"network": plan},
+            network,
+            Frozen(frozen, autoencoder=autoencoder, text_encoder=text_encoder),
+            caption_dropout=caption_dropout,
+            null_mask=null_mask,
+            seed=seed,
+            compile=compile,
+        )
         self.objective = objective
         self.timestep = timestep
-        self.caption_dropout = caption_dropout
-        self.null_mask = null_mask
-        if compile:
-            for block in network.blocks:  # type: ignore[union-attr]
-                block.compile()
 
     def trainables(self) -> dict[str, nn.Module]:
         """The network alone."""
@@ -120,65 +116,6 @@ class ImageModule(Recipe):
         eps = normal(self.seed, index, "noise", tuple(x0.shape[1:]))
         return self.objective(lambda xt, time: network(xt, time, condition), x0, eps, t[:, None].to(x0.dtype))
 
-    def latents(self, batch: Batch) -> Tensor:
-        """Scaled latents (b, c, 1, h, w) of a batch, encoded now unless the batch brings them."""
-        if batch.latent is not None:
-            return batch.latent.float().unsqueeze(2)
-        assert batch.image is not None
-        with torch.no_grad(), self.frozen.working("autoencoder", self.device) as (autoencoder, place):
-            return autoencoder.encode(batch.image.to(place)).to(self.device).float().unsqueeze(2)
-
-    def encodings(self) -> dict[str, Encoding]:
-        """How images become latents and captions become features, for caches: "latents" and "text"."""
-        here = self.device if self.frozen.place == "device" else torch.device("cpu")
-        return {
-            "latents": self._at_work("autoencoder", encode_latents(self.frozen.autoencoder, here)),
-            "text": self._at_work("text_encoder", encode_captions(self.frozen.text_encoder)),
-        }
-
-    def _at_work(self, name: str, encoding: Encoding) -> Encoding:
-        """The encoding by a part that comes to its device for each call, where it does."""
-        if self.frozen.place != "offload":
-            return encoding
-
-        def encode(given: Any) -> Any:
-            with torch.no_grad(), self.frozen.working(name, self.device) as (_, place):
-                return encoding.encode(given.to(place) if isinstance(given, Tensor) else given)
-
-        return encoding._replace(encode=encode)
-
-    def condition(self, batch: Batch) -> Condition:
-        """Features of the captions, with caption dropout by position."""
-        if batch.text is None:
-            condition = self.encode_text(batch.caption)
-        else:
-            condition = Condition(text=batch.text, mask=batch.text_mask)
-        if self.caption_dropout == 0.0:
-            return condition
-        drop = uniform(self.seed, batch.index, "caption dropout") < self.caption_dropout
-        null = self.null_like(condition)
-        text = torch.where(drop[:, None, None], null.text, condition.text)
-        mask = condition.mask
-        if mask is not None and null.mask is not None:
-            mask = torch.where(drop[:, None], null.mask, mask)
-        return Condition(text=text, mask=mask)
-
-    def encode_text(self, captions: list[str]) -> Condition:
-        """Features of captions from the frozen text encoder."""
-        with torch.no_grad(), self.frozen.working("text_encoder", self.device) as (encoder, _):
-            return _to(encoder.encode(captions), self.device)
-
-    def null_like(self, condition: Condition) -> Condition:
-        """The null embedding for every sample of `condition`, cut or padded to its length, with the mask that
-        `null_mask` asks for."""
-        b, l, _ = condition.text.shape
-        with torch.no_grad(), self.frozen.working("text_encoder", self.device) as (encoder, _):
-            null = _to(encoder.null(b), condition.text.device)
-        text, mask = _fit(null.text, l), None if null.mask is None else _fit(null.mask, l)
-        if self.null_mask == "caption":
-            mask = condition.mask
-        return Condition(text=text.to(condition.text.dtype), mask=mask)
-
     @torch.no_grad()
     def validation_losses(self, network: nn.Module, batch: Batch, bins: int, per_bin: int = 1) -> Tensor:
         """Mean loss in each of `bins` equal ranges of t, at fixed noise and fixed captions: (bins,).
@@ -195,20 +132,3 @@ class ImageModule(Recipe):
                 losses.append(self.flow_loss(network, x0, condition, batch.index, t).mean())
             result.append(torch.stack(losses).mean())
         return torch.stack(result)
-
-    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Move the tensors of a `Batch`."""
-        return batch.to(device)
-
-
-def _to(condition: Condition, device: torch.device) -> Condition:
-    mask = None if condition.mask is None else condition.mask.to(device)
-    return Condition(text=condition.text.to(device), mask=mask)
-
-
-def _fit(rows: Tensor, length: int) -> Tensor:
-    """Cut or zero-pad dimension 1 of (b, l, ...) to `length`; zero means False in a mask."""
-    if rows.shape[1] >= length:
-        return rows[:, :length]
-    pad = rows.new_zeros(rows.shape[0], length - rows.shape[1], *rows.shape[2:])
-    return torch.cat([rows, pad], dim=1)

@@ -16,12 +16,12 @@ from sana.checkpoint.run_file import Weights, read_run_file
 from sana.checkpoint.source import open_source
 from sana.checkpoint.tensors import Tensors, check_finite, read_safetensors
 from sana.model.generate import Painter
-from sana.model.image import ImageModule
+from sana.model.text_to_image import TextToImage
 from sana.nn.inference import for_inference
 
 
 def load_weights(
-    module: ImageModule,
+    module: TextToImage,
     checkpoint: str | Path,
     weights: Weights = "ema",
     allow_missing: Sequence[str] = (),
@@ -74,7 +74,7 @@ def read_weights(checkpoint: str | Path, weights: Weights = "ema") -> tuple[Tens
     return state, updates
 
 
-def make_painter(module: ImageModule, device: str | torch.device) -> Painter:
+def make_painter(module: TextToImage, device: str | torch.device) -> Painter:
     """A painter with the recipe's parts in eval mode on a device."""
     module.frozen.place = "device"  # of a run that draws, not of the one that trained
     module.frozen.to(device)

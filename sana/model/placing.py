@@ -8,14 +8,14 @@ import torch
 from torch import nn
 
 from sana.model.generate import Painter
-from sana.model.image import ImageModule
 from sana.model.load import make_painter
 from sana.model.offload import Offload
+from sana.model.text_to_image import TextToImage
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
-def cast_parts(module: ImageModule, precision: str, autoencoder: str, text: str) -> None:
+def cast_parts(module: TextToImage, precision: str, autoencoder: str, text: str) -> None:
     """Give the parts their precision, before anything is moved or quantised.
 
     Args:
@@ -31,7 +31,7 @@ def cast_parts(module: ImageModule, precision: str, autoencoder: str, text: str)
 
 
 def place_painter(
-    module: ImageModule,
+    module: TextToImage,
     device: torch.device,
     offload: Literal["none", "model", "sequential"] = "none",
     autoencoder: str = "auto",

@@ -15,8 +15,9 @@ from sana.checkpoint.error import CheckpointError
 from sana.checkpoint.names import list_names
 from sana.checkpoint.tensors import Tensors
 from sana.model.base import Recipe
-from sana.model.image import ImageModule
 from sana.model.load import fill, named, read_weights
+from sana.model.teacher import start_student, teacher
+from sana.model.text_to_image import TextToImage
 from sana.network.growth import BLOCK, Growth, depth_of, plan_growth, plan_pruning
 from sana.network.importance import most_important
 from sana.run.build import build
@@ -206,6 +207,8 @@ def start_model(config: Any, resume: Path | None) -> tuple[Recipe, dict[str, Any
     start: Start = build(config.get("start"), "start") or AsIs()
     init = config.init if resume is None else None
     empty = empty_network(config.model) if init is not None and start.whole else None
+    if empty is not None and _sees_t(empty):  # what follows from the weights by a fit needs memory
+        empty = None
     model = build(config.model, "model", **({} if empty is None else {"network": empty}))
     try:
         if hasattr(model, "network"):
@@ -222,7 +225,7 @@ def start_model(config: Any, resume: Path | None) -> tuple[Recipe, dict[str, Any
         raise ConfigError(f"start: {error}") from error
 
 
-def start_from(module: ImageModule, name: str, start: Start) -> dict[str, Any]:
+def start_from(module: TextToImage, name: str, start: Start) -> dict[str, Any]:
     """Give a recipe that starts anew what `start` makes of the weights that `init` names, averaged ones where there are
     any.
 
@@ -240,6 +243,11 @@ def start_from(module: ImageModule, name: str, start: Start) -> dict[str, Any]:
     """
     path = find_weights(name, key="init").path
     state, updates = read_weights(path)
+    if isinstance(start, AsIs) and _sees_t(module.network):
+        error = start_student(module.network, teacher(name, key="init"))
+        how = "as is, but for the embedding of time, fitted to t itself" if error else "as is"
+        facts = {"source": str(path.resolve()), "source_depth": depth_of(state), "source_updates": updates, "how": how}
+        return facts | ({"time_fit_error": error} if error else {})
     depth = len(module.network.blocks)  # type: ignore[arg-type]
     taken = start.take(state, path, depth)
     own = module.network.state_dict()
@@ -257,6 +265,11 @@ def start_from(module: ImageModule, name: str, start: Start) -> dict[str, Any]:
     if left:
         facts["own_start"] = left
     return facts
+
+
+def _sees_t(network: nn.Module) -> bool:
+    """Whether a network embeds t in [0, 1] itself, as students and their teachers do, and not 1000 t."""
+    return getattr(network, "time_scale", 1000.0) <= 1
 
 
 def told(facts: dict[str, Any]) -> str:

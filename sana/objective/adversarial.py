@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -19,6 +21,36 @@ def hinge_discriminator(real: Float[Tensor, "b ..."], fake: Float[Tensor, "b ...
 def hinge_generator(fake: Float[Tensor, "b ..."]) -> Float[Tensor, " b"]:
     """-mean(fake) per sample: the generator's side of the hinge loss."""
     return -fake.flatten(1).mean(1)
+
+
+def r1(logits: Float[Tensor, "b k"], features: Sequence[Float[Tensor, "b n d"]]) -> Float[Tensor, " b"]:
+    """Squared gradient of the summed logits by the features of real samples, mean over the features' layers, per sample
+    (Mescheder et al. 2018, arXiv:1801.04406, on features instead of pixels as in LADD, arXiv:2403.12015).
+
+    Args:
+        logits: of real samples, computed from `features`.
+        features: those that the discriminator saw, which require gradients.
+    """
+    gradients = torch.autograd.grad(logits.sum(), list(features), create_graph=True)
+    return torch.stack([g.flatten(1).square().sum(1) for g in gradients]).mean(0)
+
+
+def roll_within(x: Float[Tensor, "b ..."], group: int) -> Float[Tensor, "b ..."]:
+    """Samples moved on by one within groups of neighbours, so that each meets another one's caption.
+
+    Groups and not the batch, so that who meets whom does not depend on how a batch is spread over ranks.
+
+    Args:
+        x: of at least two samples.
+        group: samples of a group at most; the batch is cut into equal groups.
+
+    Raises:
+        ValueError: a group of one, which would meet itself.
+    """
+    parts = x.tensor_split(-(-len(x) // group))
+    if min(map(len, parts)) < 2:
+        raise ValueError(f"mismatched pairs need two samples in every group, got {len(x)} in groups of at most {group}")
+    return torch.cat([part.roll(1, dims=0) for part in parts])
 
 
 def balance(

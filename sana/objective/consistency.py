@@ -54,6 +54,12 @@ def consistency_tangent(
         return g / (g.square().sum(dim=(1, 3, 4), keepdim=True).sqrt() + floor)
 
 
+def tangent_norm(tangent: Float[Tensor, "b c f h w"], *, floor: float = 0.1) -> Float[Tensor, "b f"]:
+    """Length that a tangent of `consistency_tangent` had before it was normalised; `floor` as there."""
+    length = tangent.square().sum(dim=(1, 3, 4)).sqrt()
+    return floor * length / (1 - length).clamp_min(torch.finfo(length.dtype).eps)
+
+
 def consistency(
     student: Float[Tensor, "b c f h w"],
     tangent: Float[Tensor, "b c f h w"],

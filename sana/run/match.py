@@ -26,7 +26,7 @@ from sana.run.error import ConfigError
 from sana.run.groups import list_options
 from sana.run.schema import check
 
-KIND = "image/"  # of experiments: those of one-frame velocity networks
+KINDS = ("image/", "sprint/student_")  # of experiments: those of one-frame velocity networks
 DECIDING = ("heads", "head_dim", "position", "interpolation", "time_scale", "flow_shift", "size")
 STRUCTURE = ("width", "hidden", "text_channels", "in_channels", "patch")
 NORMS = ("self_norm", "cross_norm", "text_norm", "guidance")
@@ -54,7 +54,7 @@ def facts_of(config: Mapping[str, Any], name: str | None = None) -> Facts:
     mixer, cross = block["mixer"], block["cross"]
     norms, other = bool(mixer.get("qk_norm", False)), bool(cross.get("qk_norm", False))
     guidance = bool(net.get("guidance_embed", False))
-    position = net.get("position")
+    position, shift = net.get("position"), (config.get("timestep") or {}).get("shift")
     ratio = _ratio(config["model"].get("autoencoder"))
     patch = net.get("patch", 1)
     return Facts(
@@ -78,7 +78,7 @@ def facts_of(config: Mapping[str, Any], name: str | None = None) -> Facts:
         time_scale=float(net.get("time_scale", 1000.0)),
         size=config["size"],
         ratio=ratio,
-        flow_shift=None if config.get("timestep") is None else float(config["timestep"]["shift"]),
+        flow_shift=None if shift is None else float(shift),
         recipe=name,
     )
 
@@ -110,7 +110,7 @@ def match(source: Source, recipe: str | None = None) -> tuple[Facts, Composed, t
     if recipe is None and name not in _experiments() and _told(facts):
         name = None  # of another checkout; but a sidecar or header says all that the recipe would
     if name is not None:
-        known = _experiments().get(name) or _experiments().get(KIND + name)
+        known = _experiments().get(name) or _experiments().get(KINDS[0] + name)
         if known is None:
             raise ConfigError(f"{where}: there is no recipe {name}; recipes: {', '.join(_experiments())}")
         facts = replace(facts, base=None)  # of a table that is computed anew, as the recipe says
@@ -259,7 +259,7 @@ def _experiments() -> dict[str, Facts]:
     """Facts of every experiment whose network could have been published."""
     found = {}
     for name in list_options("experiment"):
-        if name.startswith(KIND):
+        if name.startswith(KINDS):
             try:
                 found[name] = facts_of(compose("train", [f"experiment={name}"]).resolved, name)
             except (ConfigError, KeyError):

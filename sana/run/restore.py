@@ -18,6 +18,8 @@ from sana.run.runs import find_weights
 from sana.run.saved import training
 from sana.run.sidecar import file_digest
 
+OF_TRAINING = ("teacher", "discriminator")  # parts of recipes that are not needed to draw
+
 
 @dataclass(frozen=True)
 class Restored:
@@ -75,7 +77,9 @@ def restore(composed: Composed) -> Restored:
     parts: dict[str, Any] = {} if config.get("allow_missing") else {"network": empty_network(recipe.model)}
     if recipe.model.get("compile"):  # a minute, and a C++ compiler on CPUs: what training pays back, drawing does not
         parts["compile"] = False
-    module = build(recipe.model, "model", **{name: part for name, part in parts.items() if part is not None})
+    parts = {name: part for name, part in parts.items() if part is not None}
+    parts |= {name: None for name in OF_TRAINING if recipe.model.get(name) is not None}
+    module = build(recipe.model, "model", **parts)
     bf16 = precision == "bf16-mixed"
     if "autoencoder" in config:
         _limit_memory(module.frozen.autoencoder, config, bf16)

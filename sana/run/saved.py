@@ -112,16 +112,11 @@ def training(found: Found, recipe: str | None = None) -> Composed:
         from sana.checkpoint.source import open_source  # the original files need torch to be read
         from sana.run.match import match
 
-        facts, composed, notes = match(open_source(found.path), recipe)
+        _, composed, notes = match(open_source(found.path), recipe)
     except (CheckpointError, ConfigError) as error:
         raise ConfigError(f"ckpt: {error}") from None
     for note in notes:
         warnings.warn(f"{found.path}: {note}", stacklevel=2)
-    if facts.family == "sprint":
-        raise ConfigError(
-            f"ckpt: {found.path} is SANA-Sprint, whose sampler (SCM) is not part of this version; "
-            "scripts/convert_checkpoint.py converts its weights"
-        )
     return composed
 
 
@@ -142,11 +137,12 @@ def fill_from_run(composed: Composed) -> Composed:
     if config.get("size") is None:
         config.size = saved.size
     if config.timestep.get("shift") is None:
-        config.timestep.shift = saved.timestep.shift
+        config.timestep.shift = saved.timestep.get("shift", 1.0)  # students of Sprint know angles, without a shift
     chosen = config.get("sampler")
     if chosen is None or "_target_" not in chosen:
         config.sampler = OmegaConf.merge(saved.sampler, chosen or {})
-        if not _set_on_command_line(composed, "sampler.grid.shift"):
+        shifted = "shift" in config.sampler.grid
+        if shifted and not _set_on_command_line(composed, "sampler.grid.shift"):
             OmegaConf.update(config, "sampler.grid.shift", "${timestep.shift}")
     return Composed(composed.entry, config, composed.overrides)
 

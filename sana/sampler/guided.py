@@ -30,6 +30,8 @@ class Step(NamedTuple):
 
 
 OnStep = Callable[[Step], None]
+Fresh = Callable[[int], Tensor]
+"""Step (from 1) -> standard normal noise like the first, for samplers that add some before that step."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class Sampler:
             diffusers' Euler); None: as the network was trained.
     """
 
-    solver: Callable[[Velocity, Tensor, Tensor], Tensor]
+    solver: Callable[..., Tensor]
     grid: Callable[[int], Tensor]
     steps: int = 20
     guidance: float = 4.5
@@ -83,6 +85,7 @@ class Sampler:
         noise: Tensor,
         perturbed: Velocity | None = None,
         on_step: OnStep | None = None,
+        fresh: Fresh | None = None,
     ) -> Tensor:
         """Integrate from noise (b, ...) at t = 1 to a sample like it at t = 0, in at least float32.
 
@@ -92,14 +95,18 @@ class Sampler:
             noise: standard normal.
             perturbed: conditional velocity with perturbed attention; needed if `self.perturbed`.
             on_step: called after the velocity of each step.
+            fresh: more noise; an integration along the path needs none.
 
         Raises:
-            ValueError: perturbed-attention guidance without the perturbed velocity.
+            ValueError: perturbed-attention guidance without the perturbed velocity; a `FewStep` without fresh noise.
         """
         velocity, grid = self._guide(conditional, pair, perturbed), self.grid(self.steps)
         if on_step is not None:
             velocity = _watched(velocity, grid.tolist(), on_step)
-        return self.solver(velocity, noise.to(torch.promote_types(noise.dtype, torch.float32)), grid)
+        return self._solve(velocity, noise.to(torch.promote_types(noise.dtype, torch.float32)), grid, fresh)
+
+    def _solve(self, velocity: Velocity, noise: Tensor, grid: Tensor, fresh: Fresh | None) -> Tensor:
+        return self.solver(velocity, noise, grid)
 
     def _guide(
         self,
@@ -118,6 +125,21 @@ class Sampler:
             return c, u, perturbed(x, t)
 
         return pag(triple, self.guidance, self.pag_scale, (low, high), conditional)
+
+
+@dataclass(frozen=True)
+class FewStep(Sampler):
+    """A sampler that goes to the data at every step and back to less noise with fresh noise.
+
+    Attributes:
+        solver: called as ``solver(velocity, noise, grid, fresh)``, such as `sana.sampler.scm.few_step`.
+        others: as in `Sampler`.
+    """
+
+    def _solve(self, velocity: Velocity, noise: Tensor, grid: Tensor, fresh: Fresh | None) -> Tensor:
+        if fresh is None:
+            raise ValueError("a few-step sampler adds noise at every step but the first; give fresh")
+        return self.solver(velocity, noise, grid, fresh)
 
 
 def _watched(velocity: Velocity, times: list[float], on_step: OnStep) -> Velocity:

@@ -126,8 +126,9 @@ def test_sprint_and_its_teacher(tmp_path: Path) -> None:
         assert (facts.family, facts.heads, facts.time_scale, facts.size) == ("sprint", heads, 1.0, 1024)
         network = composed.resolved["network"]
         assert (network["time_scale"], network["floor_time"], network["guidance_embed"]) == (1.0, False, True)
-    with pytest.raises(ConfigError, match="SANA-Sprint, whose sampler"):
-        prepare("sample", [f"ckpt={tmp_path / '1152.pth'}", "prompt=x"])
+        assert composed.resolved["sampler"]["_target_"] == "sana.sampler.guided.FewStep"
+        filled = prepare("sample", [f"ckpt={tmp_path / f'{width}.pth'}", "prompt=x", "sampler.steps=1"]).resolved
+        assert (filled["sampler"]["grid"]["middle"], filled["sampler"]["steps"], filled["size"]) == (1.3, 1, 1024)
     teacher = save(tmp_path / "Sana_Sprint_0.6B_1024px_teacher.pth", full(1152, 28, True))
     facts, composed, _ = match(open_source(teacher))
     assert (facts.family, facts.time_scale) == ("sana15", 1.0)

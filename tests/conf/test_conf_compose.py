@@ -110,6 +110,34 @@ def test_published_hyper_parameters(experiment: str) -> None:
     assert values["trainer"]["precision"] == "bf16-mixed"
 
 
+SPRINT = {"sprint/student_600m": (1152, 28, 16), "sprint/student_1600m": (2240, 20, 20)}
+
+
+@pytest.mark.parametrize("experiment", SPRINT)
+def test_published_hyper_parameters_of_sprint(experiment: str) -> None:
+    """Spec A.1, A.4 to A.7."""
+    width, depth, heads = SPRINT[experiment]
+    values = compose("train", [f"experiment={experiment}"]).resolved
+    network, block, model, optimizer = (values[key] for key in ("network", "block", "model", "optimizer"))
+    assert (network["width"], network["depth"], block["cross"]["heads"]) == (width, depth, heads)
+    assert (network["time_scale"], network["floor_time"], network["guidance_embed"]) == (1.0, False, True)
+    assert (block["mixer"]["qk_norm"], block["cross"]["qk_norm"]) == (True, True)
+    assert (optimizer["_target_"], optimizer["lr"]["lr"], optimizer["lr"]["rule"]) == (
+        "sana.optimizer.came.CAME", 2e-6, None,
+    )  # fmt: skip
+    assert model["discriminator_optimizer"] == optimizer
+    assert (optimizer["betas"], optimizer["eps"]) == ([0.9, 0.999, 0.9999], [1e-30, 1e-16])
+    assert (values["schedule"]["warmup"], model["discriminator_schedule"]["warmup"]) == (5000, 0)
+    times = [(model[key]["mean"], model[key]["std"]) for key in ("timestep", "fake_timestep", "noise_timestep")]
+    assert times == [(0.2, 1.6), (0.2, 1.6), (-0.6, 1.0)]
+    assert (model["fake_timestep"]["largest"], model["fake_timestep"]["top"]) == (0.5, 1.5708)
+    assert (model["guidance"], model["tangent_warmup"]) == ([4.0, 4.5, 5.0], 2000)  # 4000 steps of both kinds
+    assert (model["scm_weight"], model["adversarial_weight"], model["r1_weight"]) == (1.0, 0.5, 0.0)
+    assert (model["discriminator"]["layers"], model["discriminator"]["group"]) == ([2, 8, 14, 19], 8)
+    assert (model["clip_norm"], model["mismatch"], values["data"]["batch_size"]) == (0.1, True, 8 * 16)
+    assert (values["sampler"]["steps"], values["sampler"]["guidance"]) == (2, 4.5)
+
+
 def test_the_published_adamw_variant() -> None:
     optimizer = compose("train", ["experiment=image/sana_1600m_1024px", "optimizer=adamw"]).resolved["optimizer"]
     assert optimizer["_target_"] == "torch.optim.AdamW"

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
-from sana.objective.adversarial import balance, hinge_discriminator, hinge_generator
+from sana.objective.adversarial import balance, hinge_discriminator, hinge_generator, r1, roll_within
 
 
 def test_hinge_values() -> None:
@@ -36,3 +37,28 @@ def test_balance_equals_the_ratio_of_norms() -> None:
 def test_balance_is_limited() -> None:
     weight = torch.ones(2, requires_grad=True)
     assert balance(weight.sum(), 0.0 * weight.sum(), weight, limit=7.0) == 7.0
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_r1_of_quadratic_logits(seed: int) -> None:
+    """logits = sum of a f^2 / 2 per layer: the gradient is a f."""
+    g = torch.Generator().manual_seed(seed)
+    features = [torch.randn(3, 5, 4, generator=g, dtype=torch.float64).requires_grad_() for _ in range(2)]
+    a = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+    logits = torch.stack([(a * f.square() / 2).sum((1, 2)) for f in features], dim=1)
+    penalty = r1(logits, features)
+    expected = sum((a.detach() * f.detach()).square().sum((1, 2)) for f in features) / 2
+    torch.testing.assert_close(penalty, expected)
+    penalty.sum().backward()
+    torch.testing.assert_close(a.grad, 2 * expected.sum() / a.detach())
+
+
+def test_samples_meet_neighbours_captions() -> None:
+    x = torch.arange(10.0)
+    assert roll_within(x, 8).tolist() == [4, 0, 1, 2, 3, 9, 5, 6, 7, 8]
+    assert roll_within(x[:5], 8).tolist() == [4, 0, 1, 2, 3]
+    # Over two ranks the same pairs.
+    assert torch.cat([roll_within(part, 8) for part in x.chunk(2)]).tolist() == roll_within(x, 8).tolist()
+    for wrong in (x[:1], x[:9]):
+        with pytest.raises(ValueError, match="two samples in every group"):
+            roll_within(wrong, 1)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sana.flow.timestep import TrigLogNormal
 from sana.flow.trig import trig, x0_from_field
-from sana.objective.consistency import SIGMA, consistency, consistency_tangent
+from sana.objective.consistency import SIGMA, consistency, consistency_tangent, tangent_norm
 
 MEAN, SPREAD = 0.4, 0.8
 
@@ -151,3 +151,18 @@ def test_a_network_learns_where_paths_end() -> None:
     assert (one - end(x, tau)).square().mean().sqrt() < 0.05
     plain = x0_from_field(x, tau, teacher(x, tau))
     assert (plain - end(x, tau)).square().mean().sqrt() > 0.5  # without distillation: the mean of the data
+
+
+def test_length_of_a_tangent_is_read_off() -> None:
+    x, tau = points(4)
+    lengths = []
+    for scale in (1e-3, 1.0, 50.0):
+
+        def big(x: Tensor, tau: Tensor, scale: float = scale) -> Tensor:
+            return scale * other(x, tau)
+
+        raw = consistency_tangent(big, x, tau, scale * teacher(x, tau), floor=1e9) * 1e9
+        lengths.append(raw.flatten(1).norm(dim=1, keepdim=True))
+        found = tangent_norm(consistency_tangent(big, x, tau, scale * teacher(x, tau)))
+        torch.testing.assert_close(found, lengths[-1], rtol=1e-6, atol=1e-12)
+    assert lengths[-1].max() > 10

@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from sana.flow.grid import trig_grid
-from sana.sampler.scm import scm
+from sana.flow.grid import few_step_grid, trig_grid
+from sana.flow.trig import linear_velocity
+from sana.sampler.guided import FewStep
+from sana.sampler.scm import few_step, scm
 
 MEAN, SPREAD = -0.3, 1.4
 
@@ -70,3 +72,27 @@ def test_wrong_grids_are_refused() -> None:
     for times in ([1.0, 0.5], [0.5, 1.0, 0.0], [2.0, 0.0], [0.0]):
         with pytest.raises(ValueError, match="decreases from at most pi/2 to exactly 0"):
             scm(consistent, torch.zeros(1, 1, 1, 1, 1), torch.tensor(times), lambda _: torch.zeros(1))
+
+
+@pytest.mark.parametrize(("steps", "first"), [(1, 1.5708), (2, 1.5708), (4, 1.5708), (5, 1.2)])
+def test_on_the_linear_path_the_same(steps: int, first: float) -> None:
+    g = torch.Generator().manual_seed(3)
+    noise = torch.randn(5, 2, 1, 3, 4, generator=g, dtype=torch.float64)
+    fresh = {k: torch.randn(noise.shape, generator=g, dtype=torch.float64) for k in range(1, steps)}
+    on_circle = scm(consistent, noise, trig_grid(steps, first).clamp(max=math.pi / 2), fresh.__getitem__)
+    on_line = few_step(linear_velocity(consistent), noise, few_step_grid(steps, first), fresh.__getitem__)
+    torch.testing.assert_close(on_line, on_circle, rtol=0, atol=1e-12)
+
+
+def test_times_of_few_steps() -> None:
+    t = few_step_grid(3, times=[1.5708, 1.3, 1.1])
+    expected = [1.0, *(math.sin(a) / (math.sin(a) + math.cos(a)) for a in (1.3, 1.1)), 0.0]
+    assert t.tolist() == pytest.approx(expected, abs=1e-12)
+    assert few_step_grid(2).tolist() == pytest.approx([1.0, expected[1], 0.0], abs=1e-12)
+    for times in ([1.3], [1.3, 1.5], [1.6, 1.0]):
+        with pytest.raises(ValueError, match="as many decreasing numbers"):
+            few_step_grid(2, times=times)
+    with pytest.raises(ValueError, match="ends at exactly 0"):
+        few_step(lambda x, t: x, torch.zeros(1, 2), torch.tensor([1.0, 0.5]), lambda _: torch.zeros(1))
+    with pytest.raises(ValueError, match="give fresh"):
+        FewStep(few_step, few_step_grid)(lambda x, t: x, lambda x, t: (x, x), torch.zeros(1, 2))
