@@ -255,7 +255,8 @@ class Pointwise(nn.Module):
 
 @pytest.mark.slow
 def test_a_student_of_gaussian_data_reaches_the_closed_form(tmp_path: Path) -> None:
-    """One step from pure noise comes within 0.06 of where the teacher's path ends, through the recipe's own loss."""
+    """One step from pure noise comes within 0.06 of where the teacher's path ends, through the recipe's own loss. With
+    the learned scale, which weighs all times alike, 1,500 updates come within 0.17 only."""
 
     class Student(Pointwise):
         def load_state_dict(self, *a: Any, **k: Any) -> Any:
@@ -278,7 +279,7 @@ def test_a_student_of_gaussian_data_reaches_the_closed_form(tmp_path: Path) -> N
         timestep=TrigLogNormal(), fake_timestep=TrigLogNormal(), noise_timestep=TrigLogNormal(),
         optimizer=partial(torch.optim.Adam, lr=2e-3), schedule=lambda n: 0.5 * (1 + math.cos(math.pi * n / 1500)),
         discriminator_optimizer=partial(torch.optim.Adam, lr=1e-3), discriminator_schedule=constant(),
-        guidance=[4.5], adversarial_weight=0.0, tangent_warmup=300, clip_norm=None,
+        guidance=[4.5], adversarial_weight=0.0, tangent_warmup=300, clip_norm=None, uncertainty=False,
     )  # fmt: skip
     recipe.frozen._modules["teacher"] = Gaussian()
     trainer = Trainer(
