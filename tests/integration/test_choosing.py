@@ -136,6 +136,7 @@ def start(arguments: list[str]) -> subprocess.Popen:
     return subprocess.Popen([sys.executable, "sample.py", *COMMON, *arguments], cwd=ROOT, stdout=subprocess.DEVNULL)
 
 
+@pytest.mark.slow
 def test_going_on_after_a_kill_gives_the_choice_of_one_go(sample, prompts, tmp_path):
     """A mix, whose scores depend on all candidates of a prompt."""
     common = [f"prompt={prompts}", "best_of=5", "keep=2", "judge=mix_scenes"]
@@ -163,6 +164,7 @@ def test_going_on_after_a_kill_gives_the_choice_of_one_go(sample, prompts, tmp_p
     assert {row["judge"] for row in one_rows} == {"colours", "second", "mix_scenes"}
 
 
+@pytest.mark.slow
 def test_the_curve_is_that_of_all_subsets(sample, prompts, tmp_path):
     out = tmp_path / "out"
     code, _, err = sample(f"prompt={prompts}", "best_of=5", "judge=colours", "keep_all=true", f"out={out}")
