@@ -34,7 +34,7 @@ class Evaluation(Callback):
 
     Args:
         metrics: name -> metric, such as those of conf/metric; one that is given without its real images compares with
-            the validation images of the run's data.
+            the validation images of the run's data, and one that is None is left out.
         sampler: how images are drawn.
         prompts: file of prompts, see `sana.model.found.read_lines`; None: those of the scenes world.
         per_task: prompts of each task, of the scenes world.
@@ -48,7 +48,7 @@ class Evaluation(Callback):
 
     def __init__(
         self,
-        metrics: dict[str, Metric],
+        metrics: dict[str, Metric | None],
         sampler: Sampler,
         prompts: str | None = None,
         per_task: int = 4,
@@ -63,7 +63,8 @@ class Evaluation(Callback):
             raise ValueError("callback.evaluation: every, samples and batch_size must be at least 1")
         if not set(weights) <= {"ema", "live"} or not weights:
             raise ValueError(f"callback.evaluation.weights: {list(weights)}; expected some of ema, live")
-        self.metrics, self.sampler, self.every, self.size = dict(metrics), sampler, every, size
+        self.metrics = {name: metric for name, metric in metrics.items() if metric is not None}
+        self.sampler, self.every, self.size = sampler, every, size
         self.batch_size, self.weights = batch_size, list(weights)
         lines = eval_prompts(per_task, seed) if prompts is None else read_lines(prompts)
         found = list(lines.values() if isinstance(lines, Mapping) else lines)

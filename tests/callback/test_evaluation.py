@@ -73,7 +73,8 @@ def test_bad_settings_are_refused():
 
 
 def test_scores_of_one_rank(recwarn):
-    callback = Evaluation({"scenes": GenEvalScenes(lambda x, line: (bool(x[0, 0, 0] % 2), "even"), resamples=1)}, None,
+    half = GenEvalScenes(lambda x, line: (bool(x[0, 0, 0] % 2), "even"), resamples=1)
+    callback = Evaluation({"scenes": half, "left out": None}, None,
                           per_task=1, samples=2)  # fmt: skip
     assert len(callback.lines) == len(callback.seeds) == len(set(callback.seeds)) == 12
     numbers = callback._score([np.full((4, 4, 3), i, np.uint8) for i in range(12)])
