@@ -51,8 +51,8 @@ RELEASES = {
         Release("SANA1.5_4.8B_1024px", "image/sana15_4800m_1024px", 1024, "bf16"),
         Release("Sana_Sprint_0.6B_1024px", "sprint/student_600m", 1024, "bf16", time_scale=1.0),
         Release("Sana_Sprint_1.6B_1024px", "sprint/student_1600m", 1024, "bf16", time_scale=1.0),
-        Release("Sana_Sprint_0.6B_1024px_teacher", None, 1024, "bf16", time_scale=1.0),
-        Release("SANA_Sprint_1.6B_1024px_teacher", None, 1024, "bf16", time_scale=1.0),
+        Release("Sana_Sprint_0.6B_1024px_teacher", "sprint/teacher_600m", 1024, "bf16", time_scale=1.0),
+        Release("SANA_Sprint_1.6B_1024px_teacher", "sprint/teacher_1600m", 1024, "bf16", time_scale=1.0),
     )
 }  # fmt: skip
 

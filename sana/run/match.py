@@ -26,7 +26,8 @@ from sana.run.error import ConfigError
 from sana.run.groups import list_options
 from sana.run.schema import check
 
-KINDS = ("image/", "sprint/student_")  # of experiments: those of one-frame velocity networks
+KINDS = ("image/", "sprint/student_", "sprint/teacher_")  # of experiments: those of one-frame velocity networks
+NAMED = "sprint/teacher_"  # taken where something names them: by their tensors alone they would be SANA-1.5
 DECIDING = ("heads", "head_dim", "position", "interpolation", "time_scale", "flow_shift", "size")
 STRUCTURE = ("width", "hidden", "text_channels", "in_channels", "patch")
 NORMS = ("self_norm", "cross_norm", "text_norm", "guidance")
@@ -207,8 +208,9 @@ def _agree(facts: Facts, known: Facts, where: Path) -> None:
 
 def _only(facts: Facts, where: Path) -> Facts:
     """The recipe that the facts fit: the only one, or one of several that say the same."""
-    exact = [known for known in _experiments().values() if _fits(facts, known, (*STRUCTURE, *NORMS))]
-    pool = exact or [known for known in _experiments().values() if _fits(facts, known, STRUCTURE)]
+    known_by_tensors = [known for name, known in _experiments().items() if not name.startswith(NAMED)]
+    exact = [known for known in known_by_tensors if _fits(facts, known, (*STRUCTURE, *NORMS))]
+    pool = exact or [known for known in known_by_tensors if _fits(facts, known, STRUCTURE)]
     if _told(facts):
         # A configuration came along and says everything; a recipe only lends the settings of training.
         fitting = [known for known in exact if _fits(facts, known, WORDS)]

@@ -39,7 +39,7 @@ def test_the_names_that_users_know() -> None:
     assert compose("train", ["debug=overfit", "trainer.max_steps=7"]).resolved["trainer"]["max_steps"] == 7
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_overfitting_sees_one_batch_and_learns_it(tmp_path: Path) -> None:
     path = run(
         tmp_path, "debug=overfit", "trainer.max_steps=60", "callback.validation=null", "callback.checkpoints=null"

@@ -109,6 +109,7 @@ def test_the_same_seed_draws_the_same_pixels(run: Path, tmp_path: Path) -> None:
     assert not np.array_equal(*pictures[0])
 
 
+@pytest.mark.long
 def test_evaluation_writes_results_and_a_page(run: Path) -> None:
     said = call("eval.py", f"ckpt={run}", "per_task=2", "held_out=1", "metric=geneval_scenes", "sampler.steps=2")
     assert "overall" in said
@@ -124,6 +125,7 @@ def test_evaluation_writes_results_and_a_page(run: Path) -> None:
     assert "96 feature dimensions" in said.splitlines()[-1]
 
 
+@pytest.mark.long
 def test_int8_weights_draw_nearly_the_same(run: Path, tmp_path: Path) -> None:
     common = ["prompt=two stars", "n=1", "sampler.steps=2"]
     call("sample.py", f"ckpt={run}", *common, f"out={tmp_path / 'full'}")
@@ -146,7 +148,7 @@ def test_a_sweep_makes_a_directory_per_run(data: Path, tmp_path: Path) -> None:
         assert (path / "checkpoints" / "step_00000002.ckpt").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_ctrl_c_leaves_a_usable_checkpoint(data: Path, tmp_path: Path) -> None:
     command = [sys.executable, "train.py", f"run.dir={tmp_path / 'run'}", f"data.folder={data}", *SMALL]
     process = subprocess.Popen([*command, "trainer.max_steps=100000"], cwd=ROOT, stderr=subprocess.DEVNULL)

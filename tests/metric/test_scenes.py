@@ -116,7 +116,7 @@ def test_real_scenes() -> None:
     assert _accuracy(SEED, 150, held_out=True) >= 0.995
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_six_thousand_real_scenes() -> None:
     assert _accuracy(SEED + 1, 6000) >= 0.995
 

@@ -70,7 +70,7 @@ def work(number: int, home: str, jobs: list[list[str]]) -> None:
         Path(home, "one.json").write_text(json.dumps(found))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_report(tmp_path: Path) -> None:
     jobs = [[], ["recipe=null"], ["seed=1"], ["batch_size=0", "seed=2"], ["size=63"]]
     multiprocessing.spawn(work, (str(tmp_path), jobs), 2)  # type: ignore[attr-defined]

@@ -253,7 +253,7 @@ class Pointwise(nn.Module):
         return Gaussian().forward(x, t, condition) + self.net(given).squeeze(-1)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_student_of_gaussian_data_reaches_the_closed_form(tmp_path: Path) -> None:
     """One step from pure noise comes within 0.06 of where the teacher's path ends, through the recipe's own loss. With
     the learned scale, which weighs all times alike, 1,500 updates come within 0.17 only."""

@@ -124,7 +124,7 @@ class Small(nn.Module):
         return self.net(given).view_as(x)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_network_learns_where_paths_end() -> None:
     """One step from pure noise ends within 0.05 of the closed form, root mean square, 0.06 of the data's spread."""
     torch.manual_seed(0)

@@ -40,7 +40,7 @@ def pictures(folder: Path, n: int, seed: int, suffix: str = ".png") -> Path:
     return folder
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_fid_of_two_folders(call, tmp_path):
     images, real = pictures(tmp_path / "images", 3, 0), pictures(tmp_path / "real", 4, 1, ".jpg")
     output = tmp_path / "out" / "fid.json"

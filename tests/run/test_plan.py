@@ -270,6 +270,7 @@ def test_the_biggest_plan_fits_a_small_machine() -> None:
     assert kib / 2**20 < 4
 
 
+@pytest.mark.long
 def test_each_way_of_saving_memory_says_what_it_saves() -> None:
     assert switches(compose("train", ["data.cache_latents=false"])) == []
     line = [*MID, "data.batch_size=64", "data.cache_text=true"]
