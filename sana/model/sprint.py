@@ -47,7 +47,7 @@ class SprintModule(TextToImage):
         discriminator_optimizer, discriminator_schedule: of the heads, which are clipped alike.
         guidance: scales of the teacher's guidance, one drawn for each sample.
         scm_weight, adversarial_weight: of the student's two losses.
-        r1_weight: of the penalty on the heads' gradient; 0 for none, as published.
+        r1_weight: of the penalty on the heads' gradient; 0 for none, as published. Not under FSDP.
         mismatch: whether data under another sample's caption count as fake.
         tangent_warmup: updates of the student over which the derivative enters the tangent. Published 4,000 "steps",
             which count both kinds of update.
@@ -139,6 +139,8 @@ class SprintModule(TextToImage):
                              "ckpt: scenes}")  # fmt: skip
         if self.adversarial_weight and self.discriminator is None:
             raise ValueError("model.discriminator: needed unless model.adversarial_weight is 0")
+        if self.r1_weight and self.device_mesh is not None:  # its second derivative would meet weights given back
+            raise ValueError("model.r1_weight: not with strategy=fsdp, which has no second derivatives; set it to 0")
         super().on_fit_start()
 
     @property
@@ -230,9 +232,7 @@ class SprintModule(TextToImage):
             loss = loss + self.scm_weight * term
             others = ["uncertainty"] if self.uncertainty is not None else []
         if self.discriminator is not None:
-            term = weighted_mean(
-                self._deceive(x0_from_field(*points[-1], students[-1]), condition, index), batch.weight
-            )
+            term = self._deceive(x0_from_field(*points[-1], students[-1]), condition, batch)
             self.report["train/generator"] = term.detach() / share_of_good(batch)
             loss = loss + self.adversarial_weight * term
         self.report["train/loss"] = loss.detach() / share_of_good(batch)
@@ -261,13 +261,16 @@ class SprintModule(TextToImage):
         tau = self._angles(self.fake_timestep, index, "fake time")
         return trig(x0, normal(self.seed, index, "fake noise", tuple(x0.shape[1:])), tau), tau
 
-    def _deceive(self, fake: Tensor, condition: Condition, index: Tensor) -> Tensor:
-        """The student's adversarial losses (b,)."""
+    def _deceive(self, fake: Tensor, condition: Condition, batch: Batch) -> Tensor:
+        """The student's adversarial loss, whose gradient stops at the samples: the heads get none."""
         assert self.discriminator is not None
-        self.discriminator.requires_grad_(False).eval()  # its power iteration goes on in its own updates
-        losses = hinge_generator(self.discriminator(self.features(fake, condition, index, "fake")).float())
-        self.discriminator.requires_grad_(True).train()
-        return losses
+        sample = fake.detach().requires_grad_()
+        self.discriminator.eval()  # its power iteration goes on in its own updates
+        losses = hinge_generator(self.discriminator(self.features(sample, condition, batch.index, "fake")).float())
+        self.discriminator.train()
+        term = weighted_mean(losses, batch.weight)
+        (slope,) = torch.autograd.grad(term, sample)
+        return term.detach() + (slope * (fake - sample.detach())).sum()
 
     def _judge(self, x0: Tensor, condition: Condition, batch: Batch) -> None:
         """The discriminator's update."""

@@ -22,8 +22,11 @@ from torch.utils.data import DataLoader
 
 from sana.callback.checkpoints import Checkpoints
 from sana.callback.faults import Faults
+from sana.flow.timestep import TrigLogNormal
 from sana.model.base import Optimisation, Recipe
 from sana.model.image import ImageModule
+from sana.model.sprint import SprintModule
+from sana.network.discriminator import FeatureDiscriminator
 from sana.network.sana import Sana
 from sana.nn.block import Block
 from sana.nn.cross_attention import CrossAttention
@@ -76,6 +79,40 @@ def image(lr: float = 1e-4) -> ImageModule:
         clip_norm=0.5,
         ema_decay=0.99,
         caption_dropout=0.2,
+        seed=1,
+    )
+
+
+def sprint() -> SprintModule:
+    """A few-step student of the same network, with every term of its losses."""
+    networks = []
+    for guidance in (False, True):
+        torch.manual_seed(6)
+        block = partial(
+            Block,
+            mixer=partial(LinearAttention, head_dim=17, qk_norm=True),
+            cross=partial(CrossAttention, heads=2, qk_norm=True),
+            ffn=MixFFN,
+        )
+        networks.append(Sana(4, 34, 3, 24, [block], text_norm=1.0, time_scale=1.0, guidance_embed=guidance))
+    torch.manual_seed(7)
+    return SprintModule(
+        network=networks[1],
+        autoencoder=nn.Identity(),
+        text_encoder=Captions(),
+        teacher=networks[0],
+        discriminator=FeatureDiscriminator(34, [0, 2], group=6),
+        timestep=TrigLogNormal(),
+        fake_timestep=TrigLogNormal(largest=0.5),
+        noise_timestep=TrigLogNormal(-0.6, 1.0),
+        optimizer=partial(torch.optim.AdamW, lr=1e-4, eps=1e-5),
+        schedule=lambda update: min(1.0, (update + 1) / 4),
+        discriminator_optimizer=partial(torch.optim.AdamW, lr=1e-4, eps=1e-5),
+        discriminator_schedule=lambda update: 1.0,
+        guidance=[2.0, 4.5],
+        tangent_warmup=4,
+        clip_norm=0.5,
+        ema_decay=0.9,
         seed=1,
     )
 
@@ -166,7 +203,8 @@ class Curve(Callback):
         self._sum = torch.zeros(())
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
-        self._sum = self._sum + pl_module.report["train/loss"]
+        report = pl_module.report  # of recipes whose modules take turns, the loss of whose turn it was
+        self._sum = self._sum + report.get("train/loss", report.get("train/discriminator/loss"))
         if pl_module.between_updates:
             mean = trainer.strategy.reduce(self._sum / pl_module.accumulate)
             self.losses.append(float(mean))
@@ -200,7 +238,7 @@ def run(
     if WORLD != "1":
         os.environ["WORLD_SIZE"] = WORLD
     world = int(WORLD)
-    recipe = image() if kind == "image" else Adversarial()
+    recipe = {"image": image, "adversarial": Adversarial, "sprint": sprint}[kind]()
     recipe.resume = resume
     if rate != 1:  # of the last two blocks, as after a growth
         names = (name for name, _ in recipe.trainables()["network"].named_parameters())

@@ -191,3 +191,26 @@ def test_hybrid_over_two_times_two(folder: Path, single: dict[str, Any]) -> None
     assert len(resumed["losses"]) == 2
     names = {p.name for p in (folder / "4_0_hsdp" / "checkpoints" / "step_00000004.ckpt").glob("model.*")}
     assert names == {"model.00000.safetensors", "model.00001.safetensors"}  # the first replica alone
+
+
+def test_a_few_step_student_under_each(folder: Path) -> None:
+    """Forward derivatives through sharded weights, two updates in turns, and going on in the middle of a turn."""
+    alone = run(str(folder / "sprint"), "single", 6, "sprint")
+    place = "checkpoints/step_00000003.ckpt"
+    jobs = [
+        {"strategy": "ddp", "steps": 6, "kind": "sprint", "out": str(folder / "sprint_ddp"), "every": 3},
+        {"strategy": "fsdp", "steps": 6, "kind": "sprint", "out": str(folder / "sprint_fsdp"), "every": 3},
+        {"strategy": "fsdp", "steps": 6, "kind": "sprint", "resume": str(folder / "sprint_fsdp" / place)},
+    ]
+    *both, again = on_ranks(2, folder, jobs)
+    assert len(alone["losses"]) == 11
+    for found in both:
+        assert found["updates"] == {"network": 6, "uncertainty": 6, "discriminator": 5}
+        assert found["samples_seen"] == alone["samples_seen"]
+        close(found["losses"], alone["losses"], 1e-4)
+        for part in ("whole", "average"):
+            for key, value in alone[part].items():
+                torch.testing.assert_close(found[part][key], value, rtol=0, atol=1e-4)
+    assert again["losses"] == both[1]["losses"][5:]
+    for key, value in both[1]["whole"].items():
+        assert torch.equal(again["whole"][key], value), key
