@@ -41,6 +41,7 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_prune_by_a_report_then_grow_again(tmp_path: Path) -> None:
     report = tmp_path / "report"
     said = call("scripts/importance.py", "ckpt=scenes", "prompt=[a star,two rings]", "sampler.steps=2", f"out={report}")
