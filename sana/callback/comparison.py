@@ -8,15 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from lightning import Callback, Trainer
+from lightning import Trainer
 
+from sana.callback.due import Due
 from sana.callback.records import log_row
 from sana.model.generate import Painter
 from sana.run.sidecar import save_grid
 from sana.sampler.guided import Sampler
 
 
-class Comparison(Callback):
+class Comparison(Due):
     """Saves ``samples/step_NNNNNNNN.png``: a row per prompt; the student in few steps, and the teacher in many.
 
     Logs ``samples/distance_<steps>``, the root mean square distance of the student's pixels in [0, 1] from the
@@ -47,25 +48,12 @@ class Comparison(Callback):
             raise ValueError(
                 f"callback.samples: every is at least 1 and steps not empty, got {every} and {list(steps)}"
             )
+        super().__init__(every)
         self.prompts, self.student, self.teacher = list(prompts), student, teacher
-        self.steps, self.every, self.size = list(steps), every, size
-        self._done = -1
+        self.steps, self.size = list(steps), size
         self._of_teacher: np.ndarray | None = None
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Draw when due."""
-        if trainer.global_step != self._done and trainer.global_step % self.every == 0:
-            with pl_module.timed("evaluation"):
-                self._draw(trainer, pl_module)
-
-    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
-        """Draw the end."""
-        if trainer.global_step != self._done and pl_module.stopped is None:
-            with pl_module.timed("evaluation"):
-                self._draw(trainer, pl_module)
-
-    def _draw(self, trainer: Trainer, recipe: Any) -> None:
-        self._done = trainer.global_step
+    def act(self, trainer: Trainer, recipe: Any) -> None:
         parts = recipe.frozen.autoencoder, recipe.frozen.text_encoder, recipe.null_like, recipe.frozen.offload
         seeds, sides = list(range(len(self.prompts))), (self.size, self.size)
         with trainer.precision_plugin.forward_context():

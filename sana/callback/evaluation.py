@@ -10,9 +10,10 @@ from typing import Any, Literal
 
 import numpy as np
 import torch.distributed as dist
-from lightning import Callback, Trainer
+from lightning import Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
 
+from sana.callback.due import Due
 from sana.callback.records import log_row
 from sana.metric.ranks import alone, rank, world
 from sana.model.evaluate import image_seed
@@ -25,7 +26,7 @@ from sana.scenes import eval_prompts
 Weights = Literal["ema", "live"]
 
 
-class Evaluation(Callback):
+class Evaluation(Due):
     """Draws prompts and scores them, and logs ``eval/<weights>/<metric>`` (tasks as ``.../<task>``).
 
     All ranks draw in step, each its share of the batches, so sharded networks work; the first rank scores while the
@@ -64,32 +65,21 @@ class Evaluation(Callback):
         if not set(weights) <= {"ema", "live"} or not weights:
             raise ValueError(f"callback.evaluation.weights: {list(weights)}; expected some of ema, live")
         self.metrics = {name: metric for name, metric in metrics.items() if metric is not None}
-        self.sampler, self.every, self.size = sampler, every, size
+        super().__init__(every)
+        self.sampler, self.size = sampler, size
         self.batch_size, self.weights = batch_size, list(weights)
         lines = eval_prompts(per_task, seed) if prompts is None else read_lines(prompts)
         found = list(lines.values() if isinstance(lines, Mapping) else lines)
         self.lines = [line for line in found for _ in range(samples)]
         self.clusters = [k for k in range(len(found)) for _ in range(samples)]
         self.seeds = [image_seed(seed, line["prompt"], k, s) for k, line in enumerate(found) for s in range(samples)]
-        self._done = -1
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Evaluate when due."""
-        if trainer.global_step != self._done and trainer.global_step % self.every == 0:
-            self._evaluate(trainer, pl_module)
-
-    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
-        """Evaluate the end."""
-        if trainer.global_step != self._done:
-            self._evaluate(trainer, pl_module)
-
-    def _evaluate(self, trainer: Trainer, recipe: Any) -> None:
-        self._done = trainer.global_step
+    def act(self, trainer: Trainer, recipe: Any) -> None:
         for name, metric in self.metrics.items():
             if isinstance(metric, partial):
                 self.metrics[name] = metric(reference=trainer.datamodule.validation_images)  # type: ignore[attr-defined]
         row: dict[str, float] = {}
-        with recipe.timed("evaluation"), isolate_rng():
+        with isolate_rng():
             for which in self.weights:
                 if which == "ema" and "network" not in recipe.ema:
                     continue

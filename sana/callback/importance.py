@@ -5,15 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from lightning import Callback, Trainer
+from lightning import Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
 
+from sana.callback.due import Due
 from sana.callback.records import log_row
 from sana.network.importance import BlockImportance
 from sana.types import Batch
 
 
-class Importance(Callback):
+class Importance(Due):
     """Logs the importance of every block (`sana.network.importance`) as ``importance/block_07``.
 
     The trained network, not its average, sees the same samples at the same noise and evenly spaced times every time; on
@@ -30,31 +31,20 @@ class Importance(Callback):
             raise ValueError(
                 f"callback.importance: every, samples and times must be at least 1, got {every}, {samples}, {times}"
             )
-        self.every, self.samples, self.times = every, samples, times
-        self._done = -1
+        super().__init__(every)
+        self.samples, self.times = samples, times
         self._batch: Batch | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Measure the start."""
-        self._measure(trainer, pl_module)
+        self._once(trainer, pl_module)
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Measure when due."""
-        if trainer.global_step != self._done and trainer.global_step % self.every == 0:
-            self._measure(trainer, pl_module)
-
-    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
-        """Measure the end."""
-        if trainer.global_step != self._done and pl_module.stopped is None:
-            self._measure(trainer, pl_module)
-
-    def _measure(self, trainer: Trainer, recipe: Any) -> None:
-        self._done = trainer.global_step
+    def act(self, trainer: Trainer, recipe: Any) -> None:
         network = recipe.trainables()["network"]
         training = network.training
         network.eval()
         try:
-            with recipe.timed("evaluation"), isolate_rng(), torch.no_grad():
+            with isolate_rng(), torch.no_grad():
                 batch = self._few(trainer, recipe)
                 with trainer.precision_plugin.forward_context(), BlockImportance(network) as importance:
                     recipe.validation_losses(network, batch, self.times)

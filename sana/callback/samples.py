@@ -5,14 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from lightning import Callback, Trainer
+from lightning import Trainer
 
+from sana.callback.due import Due
 from sana.model.generate import Painter
 from sana.run.sidecar import save_grid
 from sana.sampler.guided import Sampler
 
 
-class SampleGrid(Callback):
+class SampleGrid(Due):
     """Draws fixed prompts at fixed seeds with the averaged network and saves ``samples/step_NNNNNNNN.png``.
 
     Args:
@@ -28,24 +29,10 @@ class SampleGrid(Callback):
     ) -> None:
         if every < 1:
             raise ValueError(f"callback.samples.every must be at least 1, got {every}")
-        self.prompts, self.sampler, self.per_prompt = list(prompts), sampler, per_prompt
-        self.every, self.size = every, size
-        self._done = -1
+        super().__init__(every)
+        self.prompts, self.sampler, self.per_prompt, self.size = list(prompts), sampler, per_prompt, size
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Draw when due."""
-        if trainer.global_step != self._done and trainer.global_step % self.every == 0:
-            with pl_module.timed("evaluation"):
-                self._draw(trainer, pl_module)
-
-    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
-        """Draw the end."""
-        if trainer.global_step != self._done and pl_module.stopped is None:
-            with pl_module.timed("evaluation"):
-                self._draw(trainer, pl_module)
-
-    def _draw(self, trainer: Trainer, recipe: Any) -> None:
-        self._done = trainer.global_step
+    def act(self, trainer: Trainer, recipe: Any) -> None:
         prompts = [prompt for prompt in self.prompts for _ in range(self.per_prompt)]
         seeds = list(range(self.per_prompt)) * len(self.prompts)
         with recipe.averaged("network") as network, trainer.precision_plugin.forward_context():

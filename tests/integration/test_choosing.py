@@ -22,30 +22,11 @@ from sana.scenes import eval_prompts
 ROOT = Path(__file__).resolve().parents[2]
 COMMON = ["ckpt=scenes", "sampler.steps=4", "batch_size=3", "precision=32-true", "device=cpu"]
 
-SERVER = """
-import contextlib, io, json, sys
-import sample
-from sana.run.launch import launch
-for line in sys.stdin:
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = launch("sample", sample.sample, json.loads(line))
-    print(json.dumps([code, out.getvalue(), err.getvalue()]), flush=True)
-"""
-
 
 @pytest.fixture(scope="module")
-def sample():
-    """sample.py's command line in one process: arguments -> exit code, standard output, standard error."""
-    command = [sys.executable, "-c", SERVER]
-    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-
-        def call(*arguments):
-            print(json.dumps([*COMMON, *arguments]), file=process.stdin, flush=True)
-            return json.loads(process.stdout.readline())
-
-        yield call
-        process.stdin.close()
+def choose(sample):
+    """sample.py with `COMMON`."""
+    return lambda *arguments: sample(*COMMON, *arguments)
 
 
 @pytest.fixture(scope="module")
@@ -58,12 +39,12 @@ def prompts(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def plain(sample, prompts, tmp_path_factory) -> Path:
+def plain(choose, prompts, tmp_path_factory) -> Path:
     """What plain drawing gives for the same seeds."""
     out = tmp_path_factory.mktemp("plain")
     for i, line in enumerate(map(json.loads, prompts.read_text().splitlines())):
         (out / "one.jsonl").write_text(json.dumps(line))
-        code, _, err = sample(f"prompt={out / 'one.jsonl'}", "n=5", f"out={out / str(i)}")
+        code, _, err = choose(f"prompt={out / 'one.jsonl'}", "n=5", f"out={out / str(i)}")
         assert code == 0, err
     return out
 
@@ -81,9 +62,9 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-def test_the_best_are_kept_and_the_rest_goes(sample, prompts, plain, tmp_path):
+def test_the_best_are_kept_and_the_rest_goes(choose, prompts, plain, tmp_path):
     arguments = [f"prompt={prompts}", "best_of=5", "keep=2", "judge=oracle", f"out={tmp_path / 'out'}", "grid=true"]
-    code, out, err = sample(*arguments)
+    code, out, err = choose(*arguments)
     assert code == 0, err
     paths = [Path(line) for line in out.split()]
     assert paths.pop().name == "grid.png"
@@ -110,21 +91,21 @@ def test_the_best_are_kept_and_the_rest_goes(sample, prompts, plain, tmp_path):
         (entry, seed): score for entry, scores in enumerate(want) for seed, score in scores.items()
     }
     before = {p: p.stat().st_mtime_ns for p in paths}
-    assert sample(*arguments) == [0, out, ""]
+    assert choose(*arguments) == [0, out, ""]
     assert {p: p.stat().st_mtime_ns for p in paths} == before
     assert len(read_rows(tmp_path / "out" / "scores.jsonl")) == len(rows)
 
 
-def test_a_larger_pool_draws_only_what_is_new(sample, plain, tmp_path):
+def test_a_larger_pool_draws_only_what_is_new(choose, plain, tmp_path):
     (line,) = (plain / "one.jsonl").read_text().splitlines()
     common = [f"prompt={plain / 'one.jsonl'}", "judge=oracle", "keep_all=true", "layout=geneval"]
-    code, out, err = sample(*common, "best_of=3", f"out={tmp_path}")
+    code, out, err = choose(*common, "best_of=3", f"out={tmp_path}")
     assert code == 0, err
     assert out.split() == [str(tmp_path / "00000" / "samples" / "00000.png")]
     assert json.loads((tmp_path / "00000" / "metadata.jsonl").read_text())["prompt"] == json.loads(line)["prompt"]
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "pool").iterdir()}
     assert len(before) == 6, "three images, each with its sidecar"
-    code, _, err = sample(*common, "best_of=5", "keep=2", f"out={tmp_path}")
+    code, _, err = choose(*common, "best_of=5", "keep=2", f"out={tmp_path}")
     assert code == 0, err
     assert {p: p.stat().st_mtime_ns for p in before} == before
     assert len(list((tmp_path / "pool").glob("*.png"))) == 5
@@ -137,10 +118,10 @@ def start(arguments: list[str]) -> subprocess.Popen:
 
 
 @pytest.mark.slow
-def test_going_on_after_a_kill_gives_the_choice_of_one_go(sample, prompts, tmp_path):
+def test_going_on_after_a_kill_gives_the_choice_of_one_go(choose, prompts, tmp_path):
     """A mix, whose scores depend on all candidates of a prompt."""
     common = [f"prompt={prompts}", "best_of=5", "keep=2", "judge=mix_scenes"]
-    code, out, err = sample(*common, f"out={tmp_path / 'whole'}")
+    code, out, err = choose(*common, f"out={tmp_path / 'whole'}")
     assert code == 0, err
     parts = tmp_path / "parts"
     process = start([*common, f"out={parts}"])
@@ -153,7 +134,7 @@ def test_going_on_after_a_kill_gives_the_choice_of_one_go(sample, prompts, tmp_p
     assert 0 < len(rows) < 6 * 5 * 3, "killed on the way"
     with open(parts / "scores.jsonl", "a") as file:
         file.write('{"entry": 0, "ima')  # as a kill within a write leaves it
-    code, again, err = sample(*common, f"out={parts}")
+    code, again, err = choose(*common, f"out={parts}")
     assert code == 0, err
     assert again == out.replace(str(tmp_path / "whole"), str(parts))
     one, two = contents(tmp_path / "whole"), contents(parts)
@@ -165,9 +146,9 @@ def test_going_on_after_a_kill_gives_the_choice_of_one_go(sample, prompts, tmp_p
 
 
 @pytest.mark.slow
-def test_the_curve_is_that_of_all_subsets(sample, prompts, tmp_path):
+def test_the_curve_is_that_of_all_subsets(choose, prompts, tmp_path):
     out = tmp_path / "out"
-    code, _, err = sample(f"prompt={prompts}", "best_of=5", "judge=colours", "keep_all=true", f"out={out}")
+    code, _, err = choose(f"prompt={prompts}", "best_of=5", "judge=colours", "keep_all=true", f"out={out}")
     assert code == 0, err
     assert list(read_pool(out).scores) == ["colours"]
     line = [sys.executable, "scripts/best_of_curve.py", str(out), "--judge", "colours", "--value", "oracle"]
@@ -215,8 +196,8 @@ def test_the_curve_is_that_of_all_subsets(sample, prompts, tmp_path):
         ("best_of=2 judge=oracle batch_size=0", "batch_size: 0"),
     ],
 )
-def test_refusals(sample, tmp_path, settings, said):
-    code, out, err = sample("prompt=a star", f"out={tmp_path / 'out'}", *settings.split())
+def test_refusals(choose, tmp_path, settings, said):
+    code, out, err = choose("prompt=a star", f"out={tmp_path / 'out'}", *settings.split())
     assert (code, out) == (2, "")
     assert err.startswith(f"sample.py: {said}")
     assert err.count("\n") == 1
