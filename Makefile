@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 RUN ?= runs/demo
 
-.PHONY: setup demo scenes notebooks test slow check lint lock clean
+.PHONY: setup demo scenes sana15 notebooks test slow check lint lock clean
 
 setup: $(STAMP)  ## make .venv with exactly what requirements.lock names
 
@@ -21,6 +21,9 @@ demo: setup  ## train the tiny recipe, judge it, draw, and write a report
 
 scenes: setup  ## train the base model of the scenes anew, twice, and judge it (two hours on two CPU cores)
 	@PYTHON=$(BIN)/python bash experiments/scenes/run.sh
+
+sana15: setup  ## grow, prune and choose among small networks, three seeds (75 minutes on two CPU cores)
+	@PYTHON=$(BIN)/python bash experiments/sana15_scenes/run.sh
 
 notebooks: setup  ## execute notebooks/ on small runs that they train themselves
 	@$(BIN)/python scripts/run_notebooks.py

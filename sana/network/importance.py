@@ -39,7 +39,7 @@ class BlockImportance:
     def __init__(self, network: HasBlocks) -> None:
         self._blocks = list(network.blocks)
         self._total = torch.zeros(len(self._blocks), dtype=torch.float64)  # of cosines
-        self._tokens = torch.zeros(len(self._blocks), dtype=torch.float64)
+        self._tokens = [0] * len(self._blocks)  # a list: adding to a tensor's element is dearer than small blocks bear
         self._hooks: list[Any] = []
         self._stance: Any = None
         self._pending: dict[torch.device, Tensor] = {}  # sums on the devices of the blocks: adding waits for nothing
@@ -85,7 +85,7 @@ class BlockImportance:
         for sums in self._pending.values():
             self._total += sums.double().cpu()
         self._pending.clear()
-        return torch.stack([self._total, self._tokens])
+        return torch.stack([self._total, torch.tensor(self._tokens, dtype=torch.float64)])
 
     def values(self) -> list[float]:
         """BI of each block, in [0, 2]; over all processes where there are several, which must all call this.

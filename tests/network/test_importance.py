@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -101,19 +103,27 @@ def test_no_block_more_than_there_are() -> None:
         most_important([0.1, 0.2], 3)
 
 
-@pytest.mark.slow
-def test_watching_costs_little() -> None:
-    """At most 1.15 of a pass of a deep network: the best of processor times in turns, which other work on the machine
-    disturbs least."""
-    net, x, text = network(12, width=256, heads=8), torch.randn(1, 4, 1, 32, 32), torch.randn(1, 6, 24)
+def cost() -> None:
+    """Best processor times of passes through 60 narrow blocks, where watching costs most, in turns: plain, watched."""
+    torch.set_num_threads(1)
+    net, x, text = network(60, width=128, heads=4), torch.randn(2, 4, 1, 16, 16), torch.randn(2, 20, 24)
     importance, times = BlockImportance(net), {True: [], False: []}
     with torch.no_grad():
-        for turn in range(30):
+        for turn in range(24):
             start = time.process_time()
             if turn % 2:
                 with importance:
-                    net(x, torch.full((1, 1), 0.5), Condition(text, None))
+                    net(x, torch.full((2, 1), 0.5), Condition(text, None))
             else:
-                net(x, torch.full((1, 1), 0.5), Condition(text, None))
+                net(x, torch.full((2, 1), 0.5), Condition(text, None))
             times[bool(turn % 2)].append(time.process_time() - start)
-    assert min(times[True]) < 1.15 * min(times[False])
+    print(min(times[False]), min(times[True]))
+
+
+@pytest.mark.slow
+def test_watching_costs_little() -> None:
+    """At most 1.15 of plain passes; in a process of its own, because the tests' type checks cost more than watching."""
+    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_importance as t; t.cost()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    plain, watched = map(float, done.stdout.split())
+    assert watched < 1.15 * plain
