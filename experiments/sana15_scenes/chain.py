@@ -27,7 +27,7 @@ S = 2000  # updates of the deep network from scratch; the small one's too
 GROWN = 0.6  # of S: updates of the grown network
 RECOVERY = 100  # updates after pruning
 CALIBRATION = 48  # prompts that importance is measured on
-POOL, FRESH = 16, 4  # candidates per prompt in the pool, and in a second drawing that checks the pool's estimate
+POOL = 16  # candidates per prompt
 TASKS = ("single_object", "colors", "counting")  # those of the recipe
 SCORED, DRAWN = 100, 20  # prompts of each task: at each score, and for judges
 ARMS = ("importance", "last", "random")
@@ -76,7 +76,7 @@ def grow(home: Path, seed: int) -> None:
     """The grown network, watched while its new blocks leave identity."""
     train(
         home / "grown", seed, round(GROWN * S), DEEP, S // 10,
-        f"init={home / 'small'}", "start=grow", f"start.kept={SMALL}",
+        f"init={home / 'small'}", "start=grow_cyclic", f"start.kept={SMALL}",
     )  # fmt: skip
 
 
@@ -97,21 +97,16 @@ def prune(home: Path, seed: int, arm: str) -> None:
 
 
 def draw(home: Path) -> None:
-    """A pool that all judges score, and for each imperfect one fresh images to choose from, scored by the oracle."""
-    log, common = home / "chosen.log", (f"ckpt={home / 'by_importance'}", "layout=geneval", "keep=1", "batch_size=48")
-    pool = home / "pool"
-    script(
-        log, "sample.py", *common, f"prompt={prompts(home, 'pool', 0)}", f"out={pool}", f"best_of={POOL}",
-        f"judge={JUDGES[0]}", "keep_all=true",
-    )  # fmt: skip
-    for judge in JUDGES:
-        curve(log, pool, judge, home / f"curve_{judge}")
-        fresh = home / f"fresh_{judge}"
+    """Two pools of the same prompts and other noise, which all judges score: one is estimated from, one checks that."""
+    log = home / "chosen.log"
+    for name, first in (("pool", 0), ("fresh", 1_000_000)):
         script(
-            log, "sample.py", *common, f"prompt={prompts(home, 'fresh', 1_000_000)}", f"out={fresh}",
-            f"best_of={FRESH}", f"judge={judge}", "keep_all=true",
+            log, "sample.py", f"ckpt={home / 'by_importance'}", f"prompt={prompts(home, name, first)}",
+            f"out={home / name}", f"best_of={POOL}", f"judge={JUDGES[0]}", "keep=1", "keep_all=true", "layout=geneval",
+            "batch_size=48",
         )  # fmt: skip
-        curve(log, fresh, judge, home / f"curve_fresh_{judge}")
+        for judge in JUDGES:
+            curve(log, home / name, judge, home / f"curve_{name}_{judge}")
 
 
 def curve(log: Path, pool: Path, judge: str, output: Path) -> None:

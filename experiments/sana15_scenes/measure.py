@@ -10,11 +10,14 @@ from typing import Any
 import chain
 import numpy as np
 import page
-from scipy.stats import t
+from scipy.stats import sem, t
 
+from sana.metric.best_of_n import expected_best
+from sana.model.candidates import read_pool
 from sana.run.records import read_metrics
 
 HERE = Path(__file__).resolve().parent
+CHECKED = 4  # of chain.POOL
 SCORE = "eval/ema/geneval_scenes"
 
 Curve = list[tuple[int, float]]
@@ -64,25 +67,33 @@ def best_of(homes: list[Path], name: str, part: str) -> dict[str, dict[str, Any]
     }  # rows: one n, all seeds
 
 
-def point(path: Path, n: int) -> dict[str, Any]:
-    """What a curve says at n."""
-    return next(row for row in json.loads(path.read_text())["curve"] if row["best_of"] == n)
+def checked(home: Path, judge: str) -> dict[str, Any]:
+    """The estimate from the first pool at n = CHECKED against brute force: the second pool cut into runs of n.
 
-
-def checked(homes: list[Path], judge: str) -> list[dict[str, Any]]:
-    """For each seed the pool's estimate at n = FRESH with its interval over prompts, and what fresh images gave."""
-    rows = []
-    for home in homes:
-        pool, fresh = (point(home / f"{name}_{judge}.json", chain.FRESH) for name in ("curve", "curve_fresh"))
-        low, high = pool["interval"]
-        inside = low <= fresh["mean"] <= high
-        rows.append({"estimate": pool["mean"], "interval": [low, high], "fresh": fresh["mean"], "inside": inside})
-    return rows
+    The prompts are the same, so the interval is that of the mean difference over prompts (Student's t).
+    """
+    pool, fresh = (read_pool(home / name) for name in ("pool", "fresh"))
+    estimates = expected_best(pool.scores[judge], pool.scores["oracle"], [CHECKED])[:, 0]
+    shape = (len(estimates), -1, CHECKED)
+    judged, worth = (fresh.scores[name].reshape(shape) for name in (judge, "oracle"))
+    rng = np.random.default_rng(0)  # of equal scores one is as good as another
+    best = np.argmax(judged + 1e-9 * rng.random(judged.shape), axis=2)[:, :, None]
+    brute = np.take_along_axis(worth, best, 2).mean((1, 2))
+    low, high = t.interval(0.95, len(brute) - 1, loc=(brute - estimates).mean(), scale=sem(brute - estimates))
+    return {
+        "n": CHECKED,
+        "estimate": float(estimates.mean()),
+        "brute": float(brute.mean()),
+        "difference_interval": [float(low), float(high)],
+        "agrees": bool(low <= 0 <= high),
+    }
 
 
 def correlations(homes: list[Path], judge: str, part: str) -> dict[str, Any]:
     """Rank correlation of a judge with the oracle, over the images of all prompts or within prompts."""
-    return over_seeds([json.loads((home / f"curve_{judge}.json").read_text())["correlation"][part] for home in homes])
+    return over_seeds(
+        [json.loads((home / f"curve_pool_{judge}.json").read_text())["correlation"][part] for home in homes]
+    )
 
 
 def main() -> None:
@@ -99,11 +110,11 @@ def main() -> None:
     content = {
         "growth_steps_ratio": growth(homes, curves),
         "prune": {arm: over_seeds([scores(home / f"by_{arm}")[-1][1] for home in homes]) for arm in chain.ARMS},
-        "best_of_n": best_of(homes, f"curve_{chain.JUDGES[0]}", "ceiling"),
-        "best_of_n_judged": {judge: best_of(homes, f"curve_{judge}", "curve") for judge in chain.JUDGES},
+        "best_of_n": best_of(homes, f"curve_pool_{chain.JUDGES[0]}", "ceiling"),
+        "best_of_n_judged": {judge: best_of(homes, f"curve_pool_{judge}", "curve") for judge in chain.JUDGES},
         "judge_correlation": {judge: correlations(homes, judge, "overall") for judge in chain.JUDGES},
         "judge_correlation_within": {judge: correlations(homes, judge, "within") for judge in chain.JUDGES},
-        "estimate_checked": {judge: checked(homes, judge) for judge in chain.JUDGES},
+        "estimate_checked": {judge: [checked(home, judge) for home in homes] for judge in chain.JUDGES},
         "scores": {name: over_seeds(values) for name, values in finals.items()},
         "steps": {"small": chain.S, "deep": chain.S, "grown": round(chain.GROWN * chain.S), "recovery": chain.RECOVERY},
         "importance": reports,
