@@ -91,7 +91,7 @@ def prune(home: Path, seed: int, arm: str) -> None:
     }
     train(
         home / f"by_{arm}", seed, RECOVERY, PRUNED, RECOVERY,
-        f"init={home / 'grown'}", "start=prune", chosen[arm], 
+        f"init={home / 'grown'}", "start=prune", chosen[arm],
         "optimizer.lr=3e-3", "schedule.warmup=20", "model.ema_decay=0.95",
     )  # fmt: skip
 
