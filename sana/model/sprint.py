@@ -7,6 +7,7 @@ from re-noised samples of the student, and captions that belong to an image from
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Literal
@@ -22,7 +23,7 @@ from sana.model.text_to_image import TextToImage
 from sana.network.discriminator import FeatureDiscriminator
 from sana.network.uncertainty import LogVariance
 from sana.objective.adversarial import hinge_discriminator, hinge_generator, r1, roll_within
-from sana.objective.consistency import consistency, consistency_tangent, tangent_norm
+from sana.objective.consistency import consistency, consistency_tangent, semi_discrete, semi_discrete_end, tangent_norm
 from sana.ops.random import normal, spread, uniform
 from sana.types import Batch, Condition, Grid
 
@@ -52,6 +53,8 @@ class SprintModule(TextToImage):
         tangent_warmup: updates of the student over which the derivative enters the tangent. Published 4,000 "steps",
             which count both kinds of update.
         uncertainty: whether the consistency loss learns its scale by time.
+        step: angle of the semi-discrete form, which compares ends of two points of a path; None: the continuous form,
+            with its derivative.
 
     Raises:
         ValueError: a setting is out of range, or the parts do not fit together.
@@ -79,6 +82,7 @@ class SprintModule(TextToImage):
         mismatch: bool = True,
         tangent_warmup: int = 2000,
         uncertainty: bool = True,
+        step: float | None = None,
         clip_norm: float | None = 0.1,
         ema_decay: float | None = None,
         null_mask: Literal["own", "caption"] = "own",
@@ -91,6 +95,8 @@ class SprintModule(TextToImage):
                 "scm_weight, adversarial_weight, r1_weight and tangent_warmup are not negative, and one of the first "
                 f"two is positive; got {scm_weight}, {adversarial_weight}, {r1_weight} and {tangent_warmup}"
             )
+        if step is not None and not 0 < step < math.pi / 2:
+            raise ValueError(f"step is an angle in (0, pi/2) or null, got {step}")
         if not guidance or getattr(network, "guidance_embed", None) is None:
             raise ValueError(
                 f"a student of SANA-Sprint embeds the guidance scale, one of a list; got network.guidance_embed="
@@ -120,7 +126,7 @@ class SprintModule(TextToImage):
         self.timestep, self.fake_timestep, self.noise_timestep = timestep, fake_timestep, noise_timestep
         self.guidance = [float(g) for g in guidance]
         self.scm_weight, self.adversarial_weight, self.r1_weight = scm_weight, adversarial_weight, r1_weight
-        self.mismatch, self.tangent_warmup = mismatch, tangent_warmup
+        self.mismatch, self.tangent_warmup, self.step = mismatch, tangent_warmup, step
         self.verdict: dict[str, Tensor | float] = {}  # of the last update of the discriminator
 
     def trainables(self) -> dict[str, nn.Module]:
@@ -219,13 +225,13 @@ class SprintModule(TextToImage):
         points = [(trig(x0, noise, tau), tau)] if self.scm_weight else []
         if self.discriminator is not None:
             points.append(self._start_of_fake(x0, index))
-        tangent = self._tangent(*points[0], condition) if self.scm_weight else None
+        aim = self._aim(*points[0], condition) if self.scm_weight else None
         # One call for both losses: the larger batch is the faster one, and weights that are sharded come once.
         x, angles = (torch.cat(parts) for parts in zip(*points, strict=True))
         students = self.field(_repeat(condition, len(points)))(x, angles).chunk(len(points))
         loss, others = x0.new_zeros(()), []
-        if tangent is not None:
-            losses = self._consistency(students[0], tangent, tau, condition)
+        if aim is not None:
+            losses = self._consistency(students[0], aim, *points[0], condition)
             self.noted = {"t": tau, "loss": losses.detach()}
             term = weighted_mean(losses, batch.weight)
             self.report["train/scm"] = term.detach() / share_of_good(batch)
@@ -236,25 +242,28 @@ class SprintModule(TextToImage):
             self.report["train/generator"] = term.detach() / share_of_good(batch)
             loss = loss + self.adversarial_weight * term
         self.report["train/loss"] = loss.detach() / share_of_good(batch)
-        self._count(
-            x0, condition, student=3 * len(points) + 2 * bool(self.scm_weight), teacher=2 * bool(self.scm_weight)
-        )
+        aiming = 0 if aim is None else 1 if self.step is not None else 2  # a derivative costs two passes
+        self._count(x0, condition, student=3 * len(points) + aiming, teacher=2 * (aim is not None))
         self.optimise("network", loss, *others)
 
-    def _tangent(self, x: Tensor, tau: Tensor, condition: Condition) -> Tensor:
-        warmup = min(1.0, (self.updates["network"] + 1) / self.tangent_warmup) if self.tangent_warmup else 1.0
+    def _aim(self, x: Tensor, tau: Tensor, condition: Condition) -> Tensor:
+        """What the consistency loss moves the student to: a tangent, or in the semi-discrete form an end."""
         with torch.no_grad():
             target = self.teacher_field(x, tau, condition)
+            if self.step is not None:
+                return semi_discrete_end(self.field(condition), x, tau, target, self.step)
+            warmup = min(1.0, (self.updates["network"] + 1) / self.tangent_warmup) if self.tangent_warmup else 1.0
             with torch.compiler.set_stance("force_eager"):  # compiled code has no forward derivative
                 tangent = consistency_tangent(self.field(condition), x, tau, target, warmup)
         self.report["train/tangent_norm"] = tangent_norm(tangent).mean()
         self.report["train/tangent_warmup"] = warmup
         return tangent
 
-    def _consistency(self, student: Tensor, tangent: Tensor, tau: Tensor, condition: Condition) -> Tensor:
-        if self.uncertainty is None:
-            return consistency(student, tangent, tau)
-        return consistency(student, tangent, tau, self.uncertainty(linear_time(tau), condition.guidance))
+    def _consistency(self, student: Tensor, aim: Tensor, x: Tensor, tau: Tensor, condition: Condition) -> Tensor:
+        scale = None if self.uncertainty is None else self.uncertainty(linear_time(tau), condition.guidance)
+        if self.step is None:
+            return consistency(student, aim, tau, scale)
+        return semi_discrete(x0_from_field(x, tau, student), aim, scale)
 
     def _start_of_fake(self, x0: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
         """Points and angles from which the student makes a sample for the discriminator."""

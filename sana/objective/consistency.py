@@ -7,6 +7,10 @@ divided by sigma, the scale of the data (see `sana.flow.trig`), the published ta
     g = sigma (-cos^2 (F - G) - r (cos sin x + cos sin dF/dtau)),
 
 which for r = 1 is ``sigma cos df / dtau``; r grows from 0 to 1 over the first updates.
+
+The semi-discrete form compares ends instead: f at tau with f a step nearer to the data, where one step along the
+teacher's path leads (consistency distillation, Song et al. 2023, arXiv:2303.01469, on the circle). It needs no derivative
+and settles sooner, with an error that the step's length leaves.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sana.flow.path import align_time
+from sana.flow.trig import trig, x0_from_field
 
 SIGMA = 0.5
 """Scale of the data in the published losses."""
@@ -84,3 +89,41 @@ def consistency(
     if logvar is None:
         return weight * error
     return weight * torch.exp(-logvar) * error + logvar
+
+
+@torch.no_grad()
+def semi_discrete_end(
+    field: Callable[[Tensor, Tensor], Tensor],
+    x: Float[Tensor, "b c f h w"],
+    tau: Float[Tensor, "b f"],
+    teacher: Float[Tensor, "b c f h w"],
+    step: float,
+) -> Float[Tensor, "b c f h w"]:
+    """Where the student ends from a step nearer to the data; from the data's side of the last step, the data that the
+    teacher predicts.
+
+    Args:
+        field, x, tau, teacher: as in `consistency_tangent`; a derivative is not taken.
+        step: angle, in (0, pi/2); the step is exact where the teacher's prediction of data and noise is constant.
+    """
+    wide = align_time(tau, x)
+    x0, eps = x0_from_field(x, tau, teacher), wide.sin() * x + wide.cos() * teacher
+    nearer = (tau - step).clamp_min(0)
+    there = trig(x0, eps, nearer)
+    return x0_from_field(there, nearer, field(there, nearer))
+
+
+def semi_discrete(
+    end: Float[Tensor, "b c f h w"],
+    target: Float[Tensor, "b c f h w"],
+    logvar: Float[Tensor, "b f"] | None = None,
+) -> Float[Tensor, "b f"]:
+    """Losses per frame, ``mean of (f - f')^2 / exp(logvar) + logvar``.
+
+    Args:
+        end: ``cos x - sin F`` with gradients.
+        target: of `semi_discrete_end`.
+        logvar: learned logarithm of each sample's variance; None: 0.
+    """
+    error = (end - target).square().mean(dim=(1, 3, 4))
+    return error if logvar is None else error * torch.exp(-logvar) + logvar

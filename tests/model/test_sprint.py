@@ -179,6 +179,7 @@ def test_going_on_in_the_middle_of_a_turn_is_bitwise(tmp_path: Path) -> None:
         ({"adversarial_weight": 0.0}, "nnn", {"train/scm"}),
         ({"scm_weight": 0.0}, "ndndn", {"train/generator"}),
         ({"uncertainty": False, "mismatch": False, "r1_weight": 0.1}, "ndndn", {"train/scm", "train/generator"}),
+        ({"step": 0.2}, "ndndn", {"train/scm", "train/generator"}),
     ],
 )
 def test_a_weight_of_zero_turns_a_term_off(tmp_path: Path, settings: dict, turns: str, terms: set) -> None:
@@ -186,6 +187,8 @@ def test_a_weight_of_zero_turns_a_term_off(tmp_path: Path, settings: dict, turns
     seen = fit(recipe, tmp_path, 3)
     assert "".join(seen.turns) == turns
     assert seen.rows[-1].keys() & {"train/scm", "train/generator"} == terms
+    derived = "train/scm" in terms and "step" not in settings
+    assert ("train/tangent_norm" in seen.rows[-1]) == derived, "the semi-discrete form takes no derivative"
     assert ("train/discriminator/r1" in seen.rows[-1]) == ("r1_weight" in settings)
     assert ("uncertainty" in recipe.updates) == (terms >= {"train/scm"} and settings.get("uncertainty", True))
     assert ("discriminator" in recipe.trainables()) == ("train/generator" in terms)
@@ -303,6 +306,8 @@ def test_what_does_not_fit_is_said(tmp_path: Path) -> None:
         sprint(student=network(guidance=False))
     with pytest.raises(ValueError, match="one of the first two is positive"):
         sprint(scm_weight=0.0, adversarial_weight=0.0)
+    with pytest.raises(ValueError, match=r"step is an angle in \(0, pi/2\) or null, got 1\.6"):
+        sprint(step=1.6)
     deeper = network(guidance=False)
     deeper.blocks.append(network().blocks[0])  # type: ignore[attr-defined]
     with pytest.raises(CheckpointError, match=r"cannot start as its teacher: missing none, left over blocks\.3"):
