@@ -10,6 +10,7 @@ from typing import Any
 import chain
 import numpy as np
 import page
+from numpy.typing import NDArray
 from scipy.stats import sem, t
 
 from sana.metric.best_of_n import expected_best
@@ -67,21 +68,29 @@ def best_of(homes: list[Path], name: str, part: str) -> dict[str, dict[str, Any]
     }  # rows: one n, all seeds
 
 
-def checked(home: Path, judge: str) -> dict[str, Any]:
-    """The estimate from the first pool at n = CHECKED against brute force: the second pool cut into runs of n.
+def checked(homes: list[Path], judge: str) -> dict[str, Any]:
+    """The estimate from the first pool at n = CHECKED against brute force, for each seed and over all of them."""
+    pairs = [estimate_and_brute(home, judge) for home in homes]
+    everything = tuple(np.concatenate(parts) for parts in zip(*pairs, strict=True))
+    return {"n": CHECKED, "seeds": [agreement(*pair) for pair in pairs], "all": agreement(*everything)}
 
-    The prompts are the same, so the interval is that of the mean difference over prompts (Student's t).
-    """
+
+def estimate_and_brute(home: Path, judge: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """For each prompt the estimate from the first pool, and what the second one gives when it is cut into runs of n."""
     pool, fresh = (read_pool(home / name) for name in ("pool", "fresh"))
     estimates = expected_best(pool.scores[judge], pool.scores["oracle"], [CHECKED])[:, 0]
     shape = (len(estimates), -1, CHECKED)
     judged, worth = (fresh.scores[name].reshape(shape) for name in (judge, "oracle"))
     rng = np.random.default_rng(0)  # of equal scores one is as good as another
     best = np.argmax(judged + 1e-9 * rng.random(judged.shape), axis=2)[:, :, None]
-    brute = np.take_along_axis(worth, best, 2).mean((1, 2))
-    low, high = t.interval(0.95, len(brute) - 1, loc=(brute - estimates).mean(), scale=sem(brute - estimates))
+    return estimates, np.take_along_axis(worth, best, 2).mean((1, 2))
+
+
+def agreement(estimates: NDArray[np.float64], brute: NDArray[np.float64]) -> dict[str, Any]:
+    """Both means, and the interval of their difference over prompts (Student's t; the prompts are the same)."""
+    apart = brute - estimates
+    low, high = t.interval(0.95, len(apart) - 1, loc=apart.mean(), scale=sem(apart))
     return {
-        "n": CHECKED,
         "estimate": float(estimates.mean()),
         "brute": float(brute.mean()),
         "difference_interval": [float(low), float(high)],
@@ -114,7 +123,7 @@ def main() -> None:
         "best_of_n_judged": {judge: best_of(homes, f"curve_pool_{judge}", "curve") for judge in chain.JUDGES},
         "judge_correlation": {judge: correlations(homes, judge, "overall") for judge in chain.JUDGES},
         "judge_correlation_within": {judge: correlations(homes, judge, "within") for judge in chain.JUDGES},
-        "estimate_checked": {judge: [checked(home, judge) for home in homes] for judge in chain.JUDGES},
+        "estimate_checked": {judge: checked(homes, judge) for judge in chain.JUDGES},
         "scores": {name: over_seeds(values) for name, values in finals.items()},
         "steps": {"small": chain.S, "deep": chain.S, "grown": round(chain.GROWN * chain.S), "recovery": chain.RECOVERY},
         "importance": reports,

@@ -45,7 +45,8 @@ def draw_growth(curves: dict[str, Any], homes: list[Path], path: Path) -> None:
         color = plt.get_cmap("plasma" if new else "viridis")(0.15 + 0.7 * (block % chain.SMALL) / chain.SMALL)
         label = f"{block} (new)" if new else str(block)
         right.plot(steps, values, "o--" if new else "-", color=color, markersize=3, label=label)
-    right.set(xlabel="updates after growing", ylabel="importance of the block, 1 - cosine")
+    right.set_yscale("symlog", linthresh=1e-3)
+    right.set(xlabel="updates after growing", ylabel="importance of the block, 1 - cosine", ylim=(0, 1))
     right.legend(frameon=False, fontsize=8, ncol=2, title="block")
     finish(figure, (left, right), path)
 
