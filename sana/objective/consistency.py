@@ -9,8 +9,8 @@ divided by sigma, the scale of the data (see `sana.flow.trig`), the published ta
 which for r = 1 is ``sigma cos df / dtau``; r grows from 0 to 1 over the first updates.
 
 The semi-discrete form compares ends instead: f at tau with f a step nearer to the data, where one step along the
-teacher's path leads (consistency distillation, Song et al. 2023, arXiv:2303.01469, on the circle). It needs no derivative
-and settles sooner, with an error that the step's length leaves.
+teacher's path leads (consistency distillation, Song et al. 2023, arXiv:2303.01469, on the circle). It needs no
+derivative, and the step's length leaves an error.
 """
 
 from __future__ import annotations
