@@ -73,7 +73,7 @@ def train(folder: Path, seed: int, steps: int, depth: int, every: int, *settings
 
 
 def grow(home: Path, seed: int) -> None:
-    """The grown network, watched while its new blocks leave identity."""
+    """The grown network: copies of the small one's blocks follow them."""
     train(
         home / "grown", seed, round(GROWN * S), DEEP, S // 10,
         f"init={home / 'small'}", "start=grow_cyclic", f"start.kept={SMALL}",

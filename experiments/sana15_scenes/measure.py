@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +114,8 @@ def main() -> None:
         str(path.relative_to(chain.RUNS).with_suffix("")): float(path.read_text())
         for path in sorted(chain.RUNS.glob("seed*/*.seconds"))
     }
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=chain.ROOT, capture_output=True, text=True, check=True)
+    runs = [path for home in homes for path in sorted(home.glob("*/environment.json"))]
+    commits = {str(p.parent.relative_to(chain.RUNS)): json.loads(p.read_text())["git"]["commit"] for p in runs}
     content = {
         "growth_steps_ratio": growth(homes, curves),
         "prune": {arm: over_seeds([scores(home / f"by_{arm}")[-1][1] for home in homes]) for arm in chain.ARMS},
@@ -131,7 +131,8 @@ def main() -> None:
         "seeds": list(chain.SEEDS),
         "seconds": seconds,
         "core_minutes": sum(seconds.values()) / 60,
-        "commit": commit.stdout.strip(),
+        "commit": commits[f"{homes[0].name}/by_importance"],
+        "commits": commits,
     }
     (HERE / "results.json").write_text(json.dumps(content, indent=1) + "\n")
     page.write(content, homes, HERE)

@@ -128,7 +128,7 @@ def write(content: dict[str, Any], homes: list[Path], folder: Path) -> None:
         ]
         rows.append(row(f"rank correlation of {judge} with the oracle", content["judge_correlation"][judge]))
     pictures = {
-        "growth.png": "Left: scores while training. Right: new blocks leave identity.",
+        "growth.png": "Left: scores while training. Right: what each block of the grown network does, seed 0.",
         "prune.png": "What pruning leaves after the same recovery; points are seeds.",
         "best_of_n.png": "What choosing gains, by who chooses.",
     }

@@ -111,15 +111,14 @@ def measure(
     begun = time.perf_counter()
     for k in range(-2, repeats):
         for name, optimizer in optimizers.items():
+            if console is not None and k < 0:  # said before: the first step of some compiles for minutes
+                console.print(f"untimed step {k + 3}/2 of {name}", style="dim")
             wait(device)
             start = time.perf_counter()
             optimizer.step()
             wait(device)
-            took = time.perf_counter() - start
             if k >= 0:
-                seconds[name].append(took)
-            elif console is not None:  # the first step of some compiles for minutes
-                console.print(f"untimed step {k + 3}/2 of {name}: {took:.2f} s", style="dim")
+                seconds[name].append(time.perf_counter() - start)
         if console is not None and k >= 0:
             left = (time.perf_counter() - begun) / (k + 3) * (repeats - k - 1)
             console.print(f"round {k + 1}/{repeats}, ETA {left:.0f} s", style="dim")

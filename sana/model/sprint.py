@@ -51,7 +51,7 @@ class SprintModule(TextToImage):
         r1_weight: of the penalty on the heads' gradient; 0 for none, as published. Not under FSDP.
         mismatch: whether data under another sample's caption count as fake.
         tangent_warmup: updates of the student over which the derivative enters the tangent. Published 4,000 "steps",
-            which count both kinds of update.
+            which count both kinds of update. The semi-discrete form has none.
         uncertainty: whether the consistency loss learns its scale by time.
         step: angle of the semi-discrete form, which compares ends of two points of a path; None: the continuous form,
             with its derivative.

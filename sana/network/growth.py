@@ -69,16 +69,13 @@ class Constant(Growth):
     """Kept blocks stay, new ones follow and begin as identities: the paper's Partial Preservation Init.
 
     Of a new block the last matrix of each branch is ``scale`` times normal numbers (0: the block adds exactly nothing),
-    weights of q/k norms are one, biases zero, the depthwise convolution 0.2 and everything else `std` times normal.
+    weights of q/k norms are one, biases zero, the depthwise convolution 0.2 and everything else 0.02 times normal.
 
     Attributes:
         scale: of the last matrices. Published 0.
-        std: of the other matrices. Published 0.02, which is 1 / sqrt(width) of the published width of 2240; a narrower
-            network's new blocks leave identity sooner with its own.
     """
 
     scale: float = 0.0
-    std: float = 0.02
 
     def __call__(self, block: int, name: str, source: Source) -> Tensor | None:
         like = source.get(min(block, source.kept - 1), name)
@@ -88,7 +85,7 @@ class Constant(Growth):
             return torch.ones_like(like)
         if name in ZERO_BIASES or (name in BRANCHES and self.scale == 0):
             return torch.zeros_like(like)
-        std = self.scale if name in BRANCHES else 0.2 if name.startswith("ffn.depthwise.") else self.std
+        std = self.scale if name in BRANCHES else 0.2 if name.startswith("ffn.depthwise.") else 0.02
         return source.normal(block, name, like) * std
 
 

@@ -184,7 +184,7 @@ def test_growing_and_pruning_are_the_paper_s() -> None:
     """Spec 8.2 and 8.3: 18 of 20 blocks stay and 42 are new, 8-bit CAME; 40 and 20 of 60 stay, 100 updates."""
     grown = compose("train", ["experiment=sana15/grow_1600m_to_4800m"]).resolved
     assert (grown["start"]["kept"], grown["network"]["depth"]) == (18, 60)
-    assert grown["start"]["growth"] == {"_target_": "sana.network.growth.Constant", "scale": 0.0, "std": 0.02}
+    assert grown["start"]["growth"] == {"_target_": "sana.network.growth.Constant", "scale": 0.0}
     assert grown["optimizer"]["_target_"] == "sana.optimizer.came_8bit.CAME8bit"
     assert (grown["optimizer"]["lr"]["lr"], grown["data"]["batch_size"], grown["trainer"]["max_steps"]) == (
         1e-4, 1024, 100_000,
