@@ -49,6 +49,8 @@ class SprintModule(TextToImage):
         guidance: scales of the teacher's guidance, one drawn for each sample.
         scm_weight, adversarial_weight: of the student's two losses.
         r1_weight: of the penalty on the heads' gradient; 0 for none, as published. Not under FSDP.
+        adversarial_start: updates of the student before the discriminator joins in; until then only the consistency
+            loss is paid for. Published 0.
         mismatch: whether data under another sample's caption count as fake.
         tangent_warmup: updates of the student over which the derivative enters the tangent. Published 4,000 "steps",
             which count both kinds of update. The semi-discrete form has none.
@@ -79,6 +81,7 @@ class SprintModule(TextToImage):
         scm_weight: float = 1.0,
         adversarial_weight: float = 0.5,
         r1_weight: float = 0.0,
+        adversarial_start: int = 0,
         mismatch: bool = True,
         tangent_warmup: int = 2000,
         uncertainty: bool = True,
@@ -94,6 +97,11 @@ class SprintModule(TextToImage):
             raise ValueError(
                 "scm_weight, adversarial_weight, r1_weight and tangent_warmup are not negative, and one of the first "
                 f"two is positive; got {scm_weight}, {adversarial_weight}, {r1_weight} and {tangent_warmup}"
+            )
+        if adversarial_start < 0 or (adversarial_start and not scm_weight):
+            raise ValueError(
+                "adversarial_start is not negative, and 0 where scm_weight is 0 and nothing would be learnt before it; "
+                f"got {adversarial_start}"
             )
         if step is not None and not 0 < step < math.pi / 2:
             raise ValueError(f"step is an angle in (0, pi/2) or null, got {step}")
@@ -121,12 +129,15 @@ class SprintModule(TextToImage):
         )
         if teacher is not None:
             start_student(network, teacher)
+            for block in teacher.blocks if compile else ():  # type: ignore[union-attr]
+                block.compile()
         self.uncertainty = LogVariance() if "uncertainty" in plans else None
         self.discriminator = discriminator if "discriminator" in plans else None
         self.timestep, self.fake_timestep, self.noise_timestep = timestep, fake_timestep, noise_timestep
         self.guidance = [float(g) for g in guidance]
         self.scm_weight, self.adversarial_weight, self.r1_weight = scm_weight, adversarial_weight, r1_weight
         self.mismatch, self.tangent_warmup, self.step = mismatch, tangent_warmup, step
+        self.adversarial_start = adversarial_start
         self.verdict: dict[str, Tensor | float] = {}  # of the last update of the discriminator
 
     def trainables(self) -> dict[str, nn.Module]:
@@ -152,9 +163,14 @@ class SprintModule(TextToImage):
     @property
     def phase(self) -> Literal["network", "discriminator"]:
         """Whose turn it is; told by the counters, so that a run that is gone on with knows it too."""
-        if self.discriminator is None or self.updates["network"] <= self.updates["discriminator"]:
+        if not self.adversarial or self.updates["network"] - self.adversarial_start <= self.updates["discriminator"]:
             return "network"
         return "discriminator"
+
+    @property
+    def adversarial(self) -> bool:
+        """Whether the discriminator has joined in."""
+        return self.discriminator is not None and self.updates["network"] >= self.adversarial_start
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         """One micro-batch of the student's or of the discriminator's loss."""
@@ -223,7 +239,7 @@ class SprintModule(TextToImage):
         index, tau = batch.index, self._angles(self.timestep, batch.index, "timestep")
         noise = normal(self.seed, index, "noise", tuple(x0.shape[1:]))
         points = [(trig(x0, noise, tau), tau)] if self.scm_weight else []
-        if self.discriminator is not None:
+        if self.adversarial:
             points.append(self._start_of_fake(x0, index))
         aim = self._aim(*points[0], condition) if self.scm_weight else None
         # One call for both losses: the larger batch is the faster one, and weights that are sharded come once.
@@ -237,7 +253,7 @@ class SprintModule(TextToImage):
             self.report["train/scm"] = term.detach() / share_of_good(batch)
             loss = loss + self.scm_weight * term
             others = ["uncertainty"] if self.uncertainty is not None else []
-        if self.discriminator is not None:
+        if self.adversarial:
             term = self._deceive(x0_from_field(*points[-1], students[-1]), condition, batch)
             self.report["train/generator"] = term.detach() / share_of_good(batch)
             loss = loss + self.adversarial_weight * term

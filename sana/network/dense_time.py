@@ -7,21 +7,26 @@ knows of the time is a curve in the space of the embedding, which a small regres
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
 from sana.nn.embed import TimeEmbedding, sinusoid
 
 POINTS = 8192  # times at which the two embeddings are compared
-RIDGE = 1e-9  # of the regression, relative to the mean square of the hidden units
+WIDTH = 0.04  # half of the stretch of time in which a hidden unit is on, if there are units enough
+HEIGHT = 2.0  # of a unit at its time
+RIDGE = 1e-6  # of the regression, relative to the mean square of the hidden units
 
 
 @torch.no_grad()
 def densify(old: TimeEmbedding, new: TimeEmbedding, scale: float) -> float:
     """Make ``new(t)`` equal to ``old(scale t)`` for t in [0, 1] as nearly as it can be.
 
-    The hidden units of `new` become bends at evenly spaced times; its last layer is the least-squares solution. What
-    the curve of `old` does faster than these bends is smoothed away.
+    Each hidden unit of `new` is on about a time of its own and off elsewhere; its last layer is the least-squares
+    solution. So few units are on at any time, no larger than a trained one's, and an optimizer's step moves the
+    embedding no further than the old one. What the curve of `old` does faster than a unit is wide is smoothed away.
 
     Args:
         old: trained on scale t.
@@ -34,15 +39,16 @@ def densify(old: TimeEmbedding, new: TimeEmbedding, scale: float) -> float:
     t = torch.linspace(0, 1, POINTS, dtype=torch.float64)
     target = _embed(old, scale * t)
     hidden = new.fc1.get_parameter("weight").shape[0]
-    # sin(t) is the sinusoid's first sine and grows with t: unit k bends where it passes its knot.
-    knots = torch.linspace(-0.1, 1.1, hidden, dtype=torch.float64).sin()
-    steep = torch.full_like(knots, float(hidden) / 2)
-    steep[::2] *= -1  # half of them bend the other way
+    # The sinusoid's first cosine and sine are those of t itself: k (cos(t - knot) - 1) + HEIGHT is a hill with its top
+    # at the knot, which SiLU cuts at its foot.
+    knots = torch.linspace(-0.1, 1.1, hidden, dtype=torch.float64)
+    steep = (HEIGHT + 1.3) / (1 - math.cos(max(WIDTH, 7 / hidden)))
     weight = torch.zeros(hidden, new.frequencies, dtype=torch.float64)
-    weight[:, new.frequencies // 2] = steep
+    weight[:, 0], weight[:, new.frequencies // 2] = steep * knots.cos(), steep * knots.sin()
+    bias = torch.full_like(knots, HEIGHT - steep)
     new.fc1.get_parameter("weight").copy_(weight)
-    new.fc1.get_parameter("bias").copy_(-steep * knots)
-    given = torch.nn.functional.silu(nn.functional.linear(sinusoid(t, new.frequencies), weight, -steep * knots))
+    new.fc1.get_parameter("bias").copy_(bias)
+    given = torch.nn.functional.silu(nn.functional.linear(sinusoid(t, new.frequencies), weight, bias))
     given = torch.cat([given, torch.ones(POINTS, 1, dtype=torch.float64)], dim=1)
     normal = given.mT @ given / POINTS
     normal += RIDGE * normal.diagonal().mean() * torch.eye(len(normal), dtype=torch.float64)

@@ -159,7 +159,8 @@ def find_weights(name: str, key: str = "ckpt") -> Found:
         name: a run's directory or checkpoint; a file of weights, a diffusers folder or a directory of shards that no
             run of this project wrote; hf://organisation/repository
             with or without a file; or the bare name of a shipped model, whose file is
-            experiments/<name>/model.safetensors. What exists under the path goes first.
+            experiments/<name>/model.safetensors or experiments/<any>/<name>.safetensors. What exists under the path
+            goes first.
         key: of the setting, for messages.
 
     Raises:
@@ -172,8 +173,8 @@ def find_weights(name: str, key: str = "ckpt") -> Found:
             raise ConfigError(f"{key}: {error}") from None
         return Found(path, LOADED / parse(name)[0].split("/")[1], of_run=False)
     path = Path(name).expanduser()
-    shipped = SHIPPED / name / SHIPPED_FILE
-    if path.name == name and shipped.is_file() and not _has_weights(path):
+    shipped = _shipped().get(name)
+    if shipped is not None and not _has_weights(path):
         return Found(shipped, LOADED / name, of_run=False)
     if not path.exists():
         names = shipped_models()
@@ -195,7 +196,13 @@ def find_weights(name: str, key: str = "ckpt") -> Found:
 
 def shipped_models() -> list[str]:
     """Names of the models that come with the project."""
-    return sorted(path.parent.name for path in SHIPPED.glob(f"*/{SHIPPED_FILE}") if _is_model(path))
+    return sorted(name for name, path in _shipped().items() if _is_model(path))
+
+
+def _shipped() -> dict[str, Path]:
+    """{name: file}, of encoders too."""
+    found = sorted(SHIPPED.glob("*/*.safetensors"))
+    return {path.parent.name if path.name == SHIPPED_FILE else path.stem: path for path in found}
 
 
 def _is_model(path: Path) -> bool:

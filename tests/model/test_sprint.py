@@ -159,6 +159,18 @@ def test_turns_are_counted_once(tmp_path: Path) -> None:
     assert last["train/loss"] == pytest.approx(last["train/scm"] + 0.5 * last["train/generator"], abs=1e-5)
 
 
+def test_the_discriminator_may_join_in_later(tmp_path: Path) -> None:
+    recipe = sprint(adversarial_start=2, step=0.2)
+    turns = fit(recipe, tmp_path / "a", 5, every=3)
+    assert "".join(turns.turns) == "nnndndn"
+    assert ["train/generator" in row for row in turns.rows] == [False, False, True, True, True]
+    assert recipe.updates == {"network": 5, "uncertainty": 5, "discriminator": 2}
+    again = sprint(adversarial_start=2, step=0.2)
+    fit(again, tmp_path / "b", 5, resume=tmp_path / "a" / "checkpoints" / "step_00000003.ckpt")
+    for name, value in recipe.state_dict().items():
+        assert torch.equal(again.state_dict()[name], value), name
+
+
 def test_going_on_in_the_middle_of_a_turn_is_bitwise(tmp_path: Path) -> None:
     """A checkpoint is made after an update of the student, when the discriminator's is still to come."""
     straight = sprint()
@@ -308,6 +320,9 @@ def test_what_does_not_fit_is_said(tmp_path: Path) -> None:
         sprint(scm_weight=0.0, adversarial_weight=0.0)
     with pytest.raises(ValueError, match=r"step is an angle in \(0, pi/2\) or null, got 1\.6"):
         sprint(step=1.6)
+    for settings in ({"adversarial_start": -1}, {"adversarial_start": 5, "scm_weight": 0.0}):
+        with pytest.raises(ValueError, match="adversarial_start is not negative, and 0 where scm_weight is 0"):
+            sprint(**settings)
     deeper = network(guidance=False)
     deeper.blocks.append(network().blocks[0])  # type: ignore[attr-defined]
     with pytest.raises(CheckpointError, match=r"cannot start as its teacher: missing none, left over blocks\.3"):

@@ -44,3 +44,12 @@ def test_what_is_too_fast_is_smoothed() -> None:
     fast = torch.func.jvp(lambda t: old(1000 * t, torch.float32), (t,), (one,))[1].norm()
     slow = torch.func.jvp(lambda t: new(t, torch.float32), (t,), (one,))[1].norm()
     assert slow < 0.2 * fast
+
+
+def test_a_step_of_an_optimizer_moves_the_curve_little() -> None:
+    """What a change of sign(gradient) times rate moves: the sum of the hidden units' sizes, some 80 in a fresh layer of
+    160 and 2,000 where every unit is a ramp over half of the times."""
+    old, new = curve(160, 0), TimeEmbedding(160)
+    densify(old, new, 1000.0)
+    hidden = torch.nn.functional.silu(new.fc1(sinusoid(torch.linspace(0, 1, 999), new.frequencies)))
+    assert hidden.abs().sum(-1).max() < 40
