@@ -15,7 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 RUNS = Path(os.environ.get("RUNS", ROOT / "runs" / "sprint_scenes"))
 SEEDS = (0, 1, 2)
-MINUTES = 5  # of an ablation, from its first update to its last
+TIME = "00:00:04:00"  # of an ablation, from its first update (and compiling) to its last; days:hours:minutes:seconds
 # Of both losses from the first update on, without the other, and without the one.
 ARMS = {
     "scm": ("model.adversarial_weight=0",),
@@ -48,7 +48,7 @@ def train(folder: Path, *settings: str, ends: tuple[int, ...] = (0,)) -> None:
 def ablate(arm: str, seed: int) -> None:
     """One arm of one seed on one core."""
     train(
-        RUNS / f"{arm}_{seed}", *ARMS[arm], f"seed={seed}", f"trainer.max_time=00:00:0{MINUTES}:00",
+        RUNS / f"{arm}_{seed}", *ARMS[arm], f"seed={seed}", f"trainer.max_time={TIME}",
         "trainer.max_steps=100000", "schedule=constant", "schedule.warmup=20", "callback.comparison=null",
         "model.ema_decay=0.97", "callback.checkpoints.every=100000", ends=(0, STOPPED),
     )  # fmt: skip

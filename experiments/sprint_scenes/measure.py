@@ -18,6 +18,7 @@ HERE = Path(__file__).resolve().parent
 STEPS = (1, 2, 4)
 PER_TASK, SEED = 200, 2000  # 1,200 prompts; those that the teacher was chosen by
 ARM_PER_TASK = 50
+CURVE_PER_TASK = 40
 RESAMPLES = 10_000
 WEIGHTS = HERE / "scenes_sprint.safetensors"
 
@@ -60,8 +61,9 @@ def over_seeds(values: list[float]) -> dict[str, Any]:
     return {"mean": float(x.mean()), "interval": [float(x.mean() - half), float(x.mean() + half)], "seeds": values}
 
 
-def record(run: Path) -> dict[str, Any]:
-    return json.loads((run / "status.json").read_text()) | json.loads((run / "environment.json").read_text())["git"]
+def checkpoints(run: Path) -> list[tuple[int, Path]]:
+    """Those of a run with their updates."""
+    return sorted((int(path.stem.split("_")[1]), path) for path in run.glob("checkpoints/step_*.ckpt"))
 
 
 def main() -> None:
@@ -87,9 +89,12 @@ def main() -> None:
         one, four = right[: len(distil.SEEDS)], right[len(distil.SEEDS) :]
         arms[arm] = over_seeds([float(x.mean()) for x in one]) | {
             "four_steps": over_seeds([float(x.mean()) for x in four]),
-            "updates": [record(runs / f"{arm}_{seed}")["step"] for seed in distil.SEEDS],
+            "updates": [checkpoints(runs / f"{arm}_{seed}")[-1][0] for seed in distil.SEEDS],
         }
-    trained = record(runs / "student")
+    curve = [
+        (step, float(judge(path, runs / "judged" / f"curve_{step}", CURVE_PER_TASK, "sampler.steps=1").mean()))
+        for step, path in checkpoints(runs / "student")
+    ]
     content = {
         "teacher_overall": compare(teacher, teacher)[0],
         "overall": {str(n): score for n, (score, _) in compared.items()},
@@ -101,9 +106,10 @@ def main() -> None:
         "shipped_in_bf16": {str(n): float(right.mean()) for n, right in shipped.items()},
         "ablations": arms,
         "seconds": {path.stem: float(path.read_text()) for path in sorted(runs.glob("*.seconds"))},
-        "steps": trained["step"],
+        "curve": curve,
+        "steps": curve[-1][0],
         "seed": 0,
-        "commit": trained["commit"],
+        "commit": json.loads((runs / "student" / "environment.json").read_text())["git"]["commit"],
         "bytes": WEIGHTS.stat().st_size,
     }
     (HERE / "results.json").write_text(json.dumps(content, indent=1) + "\n")

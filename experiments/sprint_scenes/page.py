@@ -53,10 +53,13 @@ def verdicts(folder: Path) -> list[dict[str, Any]]:
     return sorted((line for line in lines if line["split"] != "held_out"), key=lambda line: line["filename"])
 
 
-def draw_training(run: Path, path: Path) -> None:
-    """The terms of the losses, and what the discriminator says."""
+def draw_training(run: Path, curve: list[tuple[int, float]], path: Path) -> None:
+    """The terms of the losses, what the discriminator says, and the score of one step."""
     rows = read_metrics(run / "metrics.jsonl")
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4), dpi=110, layout="constrained")
+    figure, (left, right, last) = plt.subplots(1, 3, figsize=(15, 3.8), dpi=100, layout="constrained")
+    last.plot(*zip(*curve, strict=True), "o-", color="#4269d0")
+    last.set(xlabel="updates of the student", ylabel="share right in one step", ylim=(0, 1))
+    last.grid(alpha=0.25)
     for axis, names in (
         (left, {"train/scm": "consistency", "train/grad_norm": "norm of the gradient"}),
         (right, {f"train/discriminator/{name}": name for name in ("real", "fake", "mismatch")}),
@@ -101,7 +104,7 @@ def shown(figure: dict[str, Any]) -> str:
 def write(content: dict[str, Any], runs: Path, folder: Path) -> None:
     """grids.png, training.png, ablations.png and page.html."""
     draw_grids(runs / "judged", folder / "grids.png")
-    draw_training(runs / "student", folder / "training.png")
+    draw_training(runs / "student", content["curve"], folder / "training.png")
     draw_ablations(content["ablations"], folder / "ablations.png")
     rows = [cells("teacher, 20 steps", shown(content["teacher_overall"]), "1")]
     rows += [
@@ -118,7 +121,7 @@ def write(content: dict[str, Any], runs: Path, folder: Path) -> None:
     pictures = {
         "grids.png": "The same noise and prompts; green: right, red: wrong.",
         "training.png": "The student's training.",
-        "ablations.png": "Five minutes of one core each; points are seeds.",
+        "ablations.png": "Four minutes of one core each; points are seeds.",
     }
     figures = "".join(f'<h2>{html.escape(text)}</h2><img src="{name}" alt="">' for name, text in pictures.items())
     table = "<table><tr><th>{}</th></tr>{}</table>"
