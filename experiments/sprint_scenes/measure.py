@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -111,6 +112,7 @@ def main() -> None:
         "seed": 0,
         "commit": json.loads((runs / "student" / "environment.json").read_text())["git"]["commit"],
         "bytes": WEIGHTS.stat().st_size,
+        "sha256": hashlib.sha256(WEIGHTS.read_bytes()).hexdigest(),
     }
     (HERE / "results.json").write_text(json.dumps(content, indent=1) + "\n")
     page.write(content, runs, HERE)
