@@ -19,7 +19,7 @@ from sana.flow.trig import linear_time, trig, trig_field, x0_from_field
 from sana.model.base import Optimisation, OptimizerFactory, Schedule, share_of_good, weighted_mean
 from sana.model.frozen import Frozen, Place
 from sana.model.teacher import start_student
-from sana.model.text_to_image import TextToImage
+from sana.model.text_to_image import TextToImage, compile_blocks
 from sana.network.discriminator import FeatureDiscriminator
 from sana.network.uncertainty import LogVariance
 from sana.objective.adversarial import hinge_discriminator, hinge_generator, r1, roll_within
@@ -129,8 +129,8 @@ class SprintModule(TextToImage):
         )
         if teacher is not None:
             start_student(network, teacher)
-            for block in teacher.blocks if compile else ():  # type: ignore[union-attr]
-                block.compile()
+            if compile:
+                compile_blocks(teacher)
         self.uncertainty = LogVariance() if "uncertainty" in plans else None
         self.discriminator = discriminator if "discriminator" in plans else None
         self.timestep, self.fake_timestep, self.noise_timestep = timestep, fake_timestep, noise_timestep

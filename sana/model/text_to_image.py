@@ -52,8 +52,7 @@ class TextToImage(Recipe):
         self.caption_dropout = caption_dropout
         self.null_mask = null_mask
         if compile:
-            for block in network.blocks:  # type: ignore[union-attr]
-                block.compile()
+            compile_blocks(network)
 
     def latents(self, batch: Batch) -> Tensor:
         """Scaled latents (b, c, 1, h, w) of a batch, encoded now unless the batch brings them."""
@@ -130,3 +129,9 @@ def _fit(rows: Tensor, length: int) -> Tensor:
         return rows[:, :length]
     pad = rows.new_zeros(rows.shape[0], length - rows.shape[1], *rows.shape[2:])
     return torch.cat([rows, pad], dim=1)
+
+
+def compile_blocks(network: nn.Module) -> None:
+    """Compile each block on its own: they share one graph."""
+    for block in network.blocks:  # type: ignore[union-attr]
+        block.compile()

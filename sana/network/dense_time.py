@@ -40,7 +40,7 @@ def densify(old: TimeEmbedding, new: TimeEmbedding, scale: float) -> float:
     target = _embed(old, scale * t)
     hidden = new.fc1.get_parameter("weight").shape[0]
     # The sinusoid's first cosine and sine are those of t itself: k (cos(t - knot) - 1) + HEIGHT is a hill with its top
-    # at the knot, which SiLU cuts at its foot.
+    # at the knot, which SiLU cuts at its foot, 1.3 below zero, where SiLU is least.
     knots = torch.linspace(-0.1, 1.1, hidden, dtype=torch.float64)
     steep = (HEIGHT + 1.3) / (1 - math.cos(max(WIDTH, 7 / hidden)))
     weight = torch.zeros(hidden, new.frequencies, dtype=torch.float64)

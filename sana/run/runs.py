@@ -173,7 +173,7 @@ def find_weights(name: str, key: str = "ckpt") -> Found:
             raise ConfigError(f"{key}: {error}") from None
         return Found(path, LOADED / parse(name)[0].split("/")[1], of_run=False)
     path = Path(name).expanduser()
-    shipped = _shipped().get(name)
+    shipped = _shipped().get(name) if path.name == name else None
     if shipped is not None and not _has_weights(path):
         return Found(shipped, LOADED / name, of_run=False)
     if not path.exists():
@@ -196,12 +196,12 @@ def find_weights(name: str, key: str = "ckpt") -> Found:
 
 def shipped_models() -> list[str]:
     """Names of the models that come with the project."""
-    return sorted(name for name, path in _shipped().items() if _is_model(path))
+    return sorted(_shipped())
 
 
 def _shipped() -> dict[str, Path]:
-    """{name: file}, of encoders too."""
-    found = sorted(SHIPPED.glob("*/*.safetensors"))
+    """{name: file}."""
+    found = [path for path in sorted(SHIPPED.glob("*/*.safetensors")) if _is_model(path)]
     return {path.parent.name if path.name == SHIPPED_FILE else path.stem: path for path in found}
 
 
