@@ -27,8 +27,8 @@ def fast_in_bf16() -> bool:
     """Whether matrix products in bf16 take less time than in fp32.
 
     With tiles (AMX), on Arm with its bf16 extension, and with AVX512-BF16 on AMD processors, where its dot product has
-    twice the rate of fp32. A core of a Xeon whose tiles were hidden took 1.5 to 1.8 times as long in bf16 by AVX512-BF16
-    as in fp32 at the shapes of SANA. Without any of these bf16 is emulated, four times slower and more.
+    twice the rate of fp32. A core of a Xeon whose tiles were hidden took 1.5 to 1.8 times as long by AVX512-BF16 as in
+    fp32 at the shapes of SANA. Without any of these bf16 is emulated, four times slower and more.
     """
     flags = cpu_flags()
     amd = cpu_facts().get("vendor_id") == "AuthenticAMD"
