@@ -158,8 +158,8 @@ def backward(
 ):  # fmt: skip
     """Gradients of q, k and v from g, that of y; the part of `forward` that is cheap is done again.
 
-    With r = 1 / (z . phi(q) + eps) and t = -r (g . y), per query: phi(q) has the gradient r S g + t z, S the sum of
-    r phi(q) g', and z that of t phi(q). From those, phi(k) has dS v + dz, and v has dS' phi(k).
+    With r = 1 / (z . phi(q) + eps) and t = -r (g . y) = -r^2 phi(q) . S g, per query: phi(q) has the gradient
+    r S g + t z, S the sum of r phi(q) g', and z that of t phi(q). From those, phi(k) has dS v + dz, and v dS' phi(k).
 
     Args:
         state: of every head, as `forward` saved it.
@@ -179,19 +179,17 @@ def backward(
         g += b * gb + h * gh
         dq += b * db + h * DH
         seen, seen_z = load_state(state + pid * SIZE, DH, BLOCK_D)
-        high, low = halves(seen, TYPE)
-        turned_high, turned_low = tl.trans(high), tl.trans(low)
+        high, low = halves(tl.trans(seen), TYPE)
         s, z = tl.zeros([BLOCK_D, BLOCK_D], tl.float32), tl.zeros([BLOCK_D], tl.float32)
         for start in range(first, last, BLOCK_N):
             at, mask = tile(q, start, n, qn, qd, DH, BLOCK_N, BLOCK_D)
             query = relu(tl.load(at, mask=mask, other=0.0))
             at, mask = tile(g, start, n, gn, gd, DH, BLOCK_N, BLOCK_D)
             slope = tl.load(at, mask=mask, other=0.0)
-            numerator = times(query.to(TYPE), high, low, tl.zeros([BLOCK_N, BLOCK_D], tl.float32))
             scale = 1.0 / (tl.sum(query * seen_z[None, :], 1) + eps)
             scale = tl.where(start + tl.arange(0, BLOCK_N) < n, scale, 0.0)  # of no token, 1 / eps
-            turn = -scale * scale * tl.sum(slope.to(tl.float32) * numerator, 1)
-            change = times(slope, turned_high, turned_low, tl.zeros([BLOCK_N, BLOCK_D], tl.float32))
+            change = times(slope, high, low, tl.zeros([BLOCK_N, BLOCK_D], tl.float32))
+            turn = -scale * scale * tl.sum(query * change, 1)
             change = scale[:, None] * change + turn[:, None] * seen_z[None, :]
             at, mask = tile(dq, start, n, dn, 1, DH, BLOCK_N, BLOCK_D)
             tl.store(at, rounded(tl.where(query == 0, 0.0, change), dq.dtype.element_ty), mask=mask)
@@ -217,3 +215,76 @@ def backward(
             change = times(key.to(TYPE), high, low, tl.zeros([BLOCK_N, BLOCK_D], tl.float32))
             at, mask = tile(dv, start, n, dn, 1, DH, BLOCK_N, BLOCK_D)
             tl.store(at, rounded(change, dv.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def derivative(
+    q, k, v, tq, tk, tv, y, ty, partial, n, heads, per_split, eps,
+    qb, qn, qh, qd, kb, kn, kh, kd, vb, vn, vh, vd,
+    tqb, tqn, tqh, tqd, tkb, tkn, tkh, tkd, tvb, tvn, tvh, tvd,
+    DH: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, STAGE: tl.constexpr,
+):  # fmt: skip
+    """y as `forward` makes it, and its tangent from those of q, k and v.
+
+    Args:
+        tq, tk, tv: tangents.
+        y, ty: (b, n, heads, DH) contiguous.
+        partial: (splits, b heads, 2): states and their tangents, between stages 1 and 2.
+        qb, ..., tvd: strides as in `forward`.
+    """
+    TYPE: tl.constexpr = q.dtype.element_ty
+    SIZE: tl.constexpr = (DH + 1) * DH
+    pid, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    b, h = pid // heads, pid % heads
+    first = split * per_split
+    last = tl.minimum(first + per_split, n)
+    if STAGE == 2:
+        stride = 2 * SIZE * tl.num_programs(0)
+        s, z = add_states(partial + 2 * pid * SIZE, stride, tl.num_programs(1), DH, BLOCK_D)
+        ts, tz = add_states(partial + (2 * pid + 1) * SIZE, stride, tl.num_programs(1), DH, BLOCK_D)
+    else:
+        k += b * kb + h * kh
+        v += b * vb + h * vh
+        tk += b * tkb + h * tkh
+        tv += b * tvb + h * tvh
+        s, z = tl.zeros([BLOCK_D, BLOCK_D], tl.float32), tl.zeros([BLOCK_D], tl.float32)
+        ts, tz = tl.zeros([BLOCK_D, BLOCK_D], tl.float32), tl.zeros([BLOCK_D], tl.float32)
+        for start in range(first, last, BLOCK_N):
+            at, mask = tile(k, start, n, kn, kd, DH, BLOCK_N, BLOCK_D)
+            key = relu(tl.load(at, mask=mask, other=0.0))
+            at, mask = tile(tk, start, n, tkn, tkd, DH, BLOCK_N, BLOCK_D)
+            turn = tl.where(key == 0, 0.0, tl.load(at, mask=mask, other=0.0).to(tl.float32))
+            at, mask = tile(v, start, n, vn, vd, DH, BLOCK_N, BLOCK_D)
+            value = tl.load(at, mask=mask, other=0.0)
+            at, mask = tile(tv, start, n, tvn, tvd, DH, BLOCK_N, BLOCK_D)
+            s = dot(tl.trans(key.to(TYPE)), value, s)
+            ts = dot(tl.trans(turn.to(TYPE)), value, ts)
+            ts = dot(tl.trans(key.to(TYPE)), tl.load(at, mask=mask, other=0.0), ts)
+            z += tl.sum(key, 0)
+            tz += tl.sum(turn, 0)
+    if STAGE == 1:
+        at = partial + 2 * (split * tl.num_programs(0) + pid) * SIZE
+        store_state(at, s, z, DH, BLOCK_D)
+        store_state(at + SIZE, ts, tz, DH, BLOCK_D)
+    else:
+        q += b * qb + h * qh
+        tq += b * tqb + h * tqh
+        y += b * n * heads * DH + h * DH
+        ty += b * n * heads * DH + h * DH
+        high, low = halves(s, TYPE)
+        turned_high, turned_low = halves(ts, TYPE)
+        for start in range(first, last, BLOCK_N):
+            at, mask = tile(q, start, n, qn, qd, DH, BLOCK_N, BLOCK_D)
+            query = relu(tl.load(at, mask=mask, other=0.0))
+            at, mask = tile(tq, start, n, tqn, tqd, DH, BLOCK_N, BLOCK_D)
+            turn = tl.where(query == 0, 0.0, tl.load(at, mask=mask, other=0.0).to(tl.float32))
+            nothing = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+            scale = 1.0 / (tl.sum(query * z[None, :], 1) + eps)
+            answer = times(query.to(TYPE), high, low, nothing) * scale[:, None]
+            change = times(query.to(TYPE), turned_high, turned_low, nothing)
+            change = times(turn.to(TYPE), high, low, change)
+            change -= answer * tl.sum(turn * z[None, :] + query * tz[None, :], 1)[:, None]
+            at, mask = tile(y, start, n, heads * DH, 1, DH, BLOCK_N, BLOCK_D)
+            tl.store(at, rounded(answer, y.dtype.element_ty), mask=mask)
+            at, mask = tile(ty, start, n, heads * DH, 1, DH, BLOCK_N, BLOCK_D)
+            tl.store(at, rounded(change * scale[:, None], ty.dtype.element_ty), mask=mask)

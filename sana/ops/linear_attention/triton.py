@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sana.ops import buffer
 from sana.ops.linear_attention import kernels
+from sana.ops.linear_attention.naive import unpack
 
 PROGRAMS = 264
 """Programs that fill a card: two on each of the 132 multiprocessors of an H100."""
@@ -16,33 +17,46 @@ TOKENS = 1024
 """Tokens that a program gets at least; fewer are not worth a second launch."""
 
 
+SPLITS = 32
+"""Most programs per head: each adds up the sums of all."""
+STAGES = 3
+"""Tiles that loops over tokens have under way."""
+
+
+ROWS = {
+    "forward": {2: (128, 128, 64, 32), 4: (64, 64, 32, 16)},
+    "backward": {2: (64, 64, 32, 16), 4: (32, 32, 16, 16)},
+    "derivative": {2: (64, 64, 32, 16), 4: (32, 32, 16, 16)},
+}
+"""Tokens of a tile by kernel and bytes of a number, for heads of 16, 32, 64 and 128 channels: without spills."""
+
+
 class Plan(NamedTuple):
-    """How tokens are cut: `splits` programs per head with `per_split` tokens each, in tiles of block_n x block_d."""
+    """How a launch cuts tokens: `splits` programs per head with `per_split` tokens each, in tiles of block_n."""
 
     splits: int
     per_split: int
     block_n: int
     block_d: int
-    num_warps: int
+
+    @property
+    def stages(self) -> tuple[int, ...]:
+        """Of the kernels to launch one after the other."""
+        return (0,) if self.splits == 1 else (1, 2)
+
+    def options(self, dh: int) -> dict[str, int]:
+        """Of a launch for heads of dh channels."""
+        sizes = {"DH": dh, "BLOCK_N": self.block_n, "BLOCK_D": self.block_d}
+        return sizes | {"num_warps": 8 if self.block_d == 128 else 4, "num_stages": STAGES}
 
 
-def plan(b: int, n: int, heads: int, dh: int, dtype: torch.dtype, reads: int = 2) -> Plan:
-    """The shape of a launch, from a small table: nothing is measured at run time.
-
-    Args:
-        reads: tensors that a loop over tokens reads.
-    """
+def plan(kernel: str, b: int, n: int, heads: int, dh: int, dtype: torch.dtype) -> Plan:
+    """The shape of a launch, from a small table: nothing is measured at run time."""
     block_d = max(16, 1 << (dh - 1).bit_length())
-    block_n = {16: 128, 32: 128, 64: 64, 128: 32}[block_d]
-    if dtype == torch.float32 or reads > 2:
-        block_n = max(16, block_n // 2)
-    splits = max(1, min(-(-PROGRAMS // (b * heads)), -(-n // TOKENS), 32))
+    block_n = ROWS[kernel][dtype.itemsize][block_d.bit_length() - 5]
+    splits = max(1, min(-(-PROGRAMS // (b * heads)), -(-n // TOKENS), SPLITS))
     per_split = -(-n // (splits * block_n)) * block_n
-    return Plan(-(-n // per_split), per_split, block_n, block_d, 8 if block_d == 128 else 4)
-
-
-def _sizes(shape: Plan, dh: int) -> dict[str, int]:
-    return {"DH": dh, "BLOCK_N": shape.block_n, "BLOCK_D": shape.block_d, "num_warps": shape.num_warps}
+    return Plan(-(-n // per_split), per_split, block_n, block_d)
 
 
 def _state(like: Tensor, *sizes: int) -> Tensor:
@@ -54,15 +68,16 @@ def _state(like: Tensor, *sizes: int) -> Tensor:
 def launch(q: Tensor, k: Tensor, v: Tensor, eps: float, save: bool) -> tuple[Tensor, Tensor | None]:
     """The answers (b, n, heads, dh) and, where asked to save, the state (b, heads, dh + 1, dh) for the backward."""
     b, n, heads, dh = q.shape
-    shape = plan(b, n, heads, dh, q.dtype)
+    shape = plan("forward", b, n, heads, dh, q.dtype)
     y = buffer.new_empty(v, v.shape)
     state = _state(v, b, heads) if save else None
     partial = _state(v, shape.splits, b, heads) if shape.splits > 1 else y
-    for stage in (0,) if shape.splits == 1 else (1, 2):
-        kernels.forward[(b * heads, shape.splits)](
-            q, k, v, y, y if state is None else state, partial, n, heads, shape.per_split, eps,
-            *q.stride(), *k.stride(), *v.stride(), STAGE=stage, SAVE=save, **_sizes(shape, dh),
-        )  # fmt: skip
+    with torch.cuda.device_of(q):
+        for stage in shape.stages:
+            kernels.forward[(b * heads, shape.splits)](
+                q, k, v, y, y if state is None else state, partial, n, heads, shape.per_split, eps,
+                *q.stride(), *k.stride(), *v.stride(), STAGE=stage, SAVE=save, **shape.options(dh),
+            )  # fmt: skip
     return y, state
 
 
@@ -71,20 +86,33 @@ def launch_backward(
 ) -> None:
     """Write the gradients of q, k and v, whose strides by sample and token are the same."""
     b, n, heads, dh = q.shape
-    shape = plan(b, n, heads, dh, q.dtype)
+    shape = plan("backward", b, n, heads, dh, q.dtype)
     partial = _state(v, shape.splits, b, heads) if shape.splits > 1 else state
-    for stage in (0,) if shape.splits == 1 else (1, 2):
-        kernels.backward[(b * heads, shape.splits)](
-            q, k, v, g, *grads, state, partial, n, heads, shape.per_split, eps,
-            *q.stride(), *k.stride(), *v.stride(), *g.stride(), *grads[0].stride()[:2],
-            STAGE=stage, **_sizes(shape, dh),
-        )  # fmt: skip
+    strides = [stride for x in (q, k, v, g) for stride in x.stride()]
+    with torch.cuda.device_of(q):
+        for stage in shape.stages:
+            kernels.backward[(b * heads, shape.splits)](
+                q, k, v, g, *grads, state, partial, n, heads, shape.per_split, eps,
+                *strides, *grads[0].stride()[:2], STAGE=stage, **shape.options(dh),
+            )  # fmt: skip
 
 
-def parts(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(b, n, 3 d) -> views q, k and v of (b, n, heads, d / heads)."""
-    q, k, v = qkv.unflatten(2, (3, heads, qkv.shape[2] // 3 // heads)).unbind(2)
-    return q, k, v
+def launch_jvp(
+    q: Tensor, k: Tensor, v: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """The answers and their derivative in the direction (dq, dk, dv), (b, n, heads, dh) each."""
+    b, n, heads, dh = q.shape
+    shape = plan("derivative", b, n, heads, dh, q.dtype)
+    y, dy = buffer.new_empty(v, v.shape), buffer.new_empty(v, v.shape)
+    partial = _state(v, shape.splits, b, heads, 2) if shape.splits > 1 else y
+    strides = [stride for x in (q, k, v, dq, dk, dv) for stride in x.stride()]
+    with torch.cuda.device_of(q):
+        for stage in shape.stages:
+            kernels.derivative[(b * heads, shape.splits)](
+                q, k, v, dq, dk, dv, y, dy, partial, n, heads, shape.per_split, eps, *strides,
+                STAGE=stage, **shape.options(dh),
+            )  # fmt: skip
+    return y, dy
 
 
 @torch.library.custom_op("sana::relu_linear_attention", mutates_args=())
@@ -136,7 +164,7 @@ attention.register_autograd(_gradients, setup_context=_remember)
 @torch.library.custom_op("sana::relu_linear_attention_packed", mutates_args=())
 def packed(qkv: Tensor, heads: int, eps: float) -> tuple[Tensor, Tensor]:
     """`attention` of the three thirds of (b, n, 3 d); the answers are (b, n, d)."""
-    y, state = launch(*parts(qkv, heads), eps, save=True)
+    y, state = launch(*unpack(qkv, heads), eps, save=True)
     assert state is not None
     return y.flatten(2), state
 
@@ -152,7 +180,7 @@ def packed_backward(qkv: Tensor, g: Tensor, state: Tensor, heads: int, eps: floa
     """The gradient of qkv, contiguous: its thirds are written where they belong."""
     grad = buffer.new_empty(qkv, qkv.shape)
     slope = g.unflatten(2, (heads, -1))
-    launch_backward(*parts(qkv, heads), slope, state, eps, parts(grad, heads))
+    launch_backward(*unpack(qkv, heads), slope, state, eps, unpack(grad, heads))
     return grad
 
 
@@ -176,3 +204,16 @@ def _gradients_packed(ctx, g: Tensor | None, _) -> tuple:
 
 
 packed.register_autograd(_gradients_packed, setup_context=_remember_packed)
+
+
+@torch.library.custom_op("sana::relu_linear_attention_jvp", mutates_args=())
+def attention_jvp(
+    q: Tensor, k: Tensor, v: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """`launch_jvp`; no derivative of it is known."""
+    return launch_jvp(q, k, v, dq, dk, dv, eps)
+
+
+@attention_jvp.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    return v.new_empty(v.shape), v.new_empty(v.shape)
