@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sana.model.offload import Offload
+from sana.nn.cross_attention import needed_mask
 from sana.ops.random import normal
 from sana.ops.resize import resize_and_crop
 from sana.sampler.guided import OnStep, Sampler
@@ -35,6 +36,10 @@ class Painter:
         null_like: Condition of prompts -> Condition of nothing, for guidance; the same features for every prompt.
         offload: brings each part to its device while it is used; None: all parts are where they work.
         autocast_decoder: whether a surrounding autocast also holds for the autoencoder.
+
+    Attributes:
+        velocity: called instead of the network, such as `sana.model.graphs.NetworkGraphs`; None: the network.
+        pixels: called instead of the autoencoder's `decode`; None: that.
     """
 
     def __init__(
@@ -48,6 +53,8 @@ class Painter:
     ) -> None:
         self.network, self.autoencoder, self.text_encoder = network, autoencoder, text_encoder
         self.null_like, self.offload, self.autocast_decoder = null_like, offload, autocast_decoder
+        self.velocity: Callable[..., Tensor] | None = None
+        self.pixels: Callable[[Tensor], Tensor] | None = None
         self._rows: OrderedDict[str, Tensor] = OrderedDict()
         self._padded: dict[str, Condition] = {}
 
@@ -146,7 +153,7 @@ class Painter:
         dtype = next((p.dtype for p in self.autoencoder.parameters()), latents.dtype)
         context = nullcontext() if self.autocast_decoder else torch.autocast(latents.device.type, enabled=False)
         with self._using(self.autoencoder), context:
-            pixels = self.autoencoder.decode(latents.squeeze(2).to(dtype)).float()
+            pixels = (self.pixels or self.autoencoder.decode)(latents.squeeze(2).to(dtype)).float()
         return to_pixels(pixels if crop is None else resize_and_crop(pixels, *crop))
 
     @torch.no_grad()
@@ -225,10 +232,10 @@ class Painter:
         rows = which if null is None else torch.cat([which, torch.full_like(which, len(condition.text))])
         kv = _select(kv, rows)
         mask = [None if m is None else _pad(m, length)[which] for m in masks]
-        joint = None if any(m is None for m in mask) else torch.cat(mask)  # type: ignore[arg-type]
+        joint = None if any(m is None for m in mask) else needed_mask(torch.cat(mask))  # type: ignore[arg-type]
         times = self.network.prepare_times(sampler.grid(sampler.steps)[:-1], guidance)  # all that it is asked at
         both = Prepared(kv, joint, times=times)
-        alone = Prepared(tuple(layer[: len(which)] for layer in kv), mask[0], guidance, times)
+        alone = Prepared(tuple(layer[: len(which)] for layer in kv), needed_mask(mask[0]), guidance, times)
         edits = Edits(identity_attention=frozenset(self.perturbed_layers(sampler)))
 
         def conditional(x: Tensor, t: Tensor) -> Tensor:
@@ -251,7 +258,8 @@ class Painter:
 
     def _velocity(self, x: Tensor, t: Tensor, prepared: Prepared, edits: Edits | None = None) -> Tensor:
         time = t[:, None].to(x.dtype)
-        v = self.network(x, time, prepared) if edits is None else self.network(x, time, prepared, edits)
+        network = self.velocity or self.network
+        v = network(x, time, prepared) if edits is None else network(x, time, prepared, edits)
         return v.to(x.dtype)
 
     def perturbed_layers(self, sampler: Sampler) -> Sequence[int]:
