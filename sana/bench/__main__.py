@@ -12,6 +12,7 @@ COMMANDS = {
     "optimizer": "step time and state bytes of optimizers",
     "saving": "what a checkpoint costs the training that goes on",
     "frechet": "of statistics, against clean-fid and torchmetrics",
+    "warm": "compile what the rows with compiled peers will ask for",
 }
 ROWS = {
     "operators": "each op, against torch eager and compiled",

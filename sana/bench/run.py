@@ -32,11 +32,16 @@ BROKEN = 3
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of a stage."""
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What is measured, and where."""
     parser.add_argument("--size", choices=["published", "tiny"], default="published", help="tiny: to try the command")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of all weights")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of a stage."""
+    add_options(parser)
     parser.add_argument("--kernels", choices=["auto", "naive", "triton"], default="auto", help="of our side")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="after which nothing new starts")
     parser.add_argument("--only", nargs="+", default=[], help="words that a row's name or shape must have, one of them")
