@@ -76,7 +76,7 @@ class Prepared:
 
     Attributes:
         text_kv: per layer, the fused keys and values of the caption, (b, l, 2 d).
-        mask: (b, l) bool or None, as in `Condition`.
+        mask: (b, l) bool or None, as in `Condition`; on a GPU None where it would allow everything.
         guidance: (b,) or None, as in `Condition`.
         times: for forwards at the times it was made for and at no others; None: any time.
     """
@@ -108,7 +108,7 @@ class Context:
         grid: size of the latent in tokens.
         modulation: (b, f, 6, d): shift, scale, gate of the mixer, then of the FFN, from the timestep, before the
             block's own table is added; None where `vectors` are given.
-        mask: (b, l) bool or None: which caption tokens may be attended to.
+        mask: (b, l) bool: which caption tokens may be attended to; or float: what is added to their scores; or None.
         edits: interventions by layer.
         vectors: (b, f, layers, 6, d): the same with every block's table added, where that was done before.
     """

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sana.model.offload import Offload
+from sana.nn.cross_attention import needed_mask
 from sana.ops.random import normal
 from sana.ops.resize import resize_and_crop
 from sana.sampler.guided import OnStep, Sampler
@@ -225,10 +226,10 @@ class Painter:
         rows = which if null is None else torch.cat([which, torch.full_like(which, len(condition.text))])
         kv = _select(kv, rows)
         mask = [None if m is None else _pad(m, length)[which] for m in masks]
-        joint = None if any(m is None for m in mask) else torch.cat(mask)  # type: ignore[arg-type]
+        joint = None if any(m is None for m in mask) else needed_mask(torch.cat(mask))  # type: ignore[arg-type]
         times = self.network.prepare_times(sampler.grid(sampler.steps)[:-1], guidance)  # all that it is asked at
         both = Prepared(kv, joint, times=times)
-        alone = Prepared(tuple(layer[: len(which)] for layer in kv), mask[0], guidance, times)
+        alone = Prepared(tuple(layer[: len(which)] for layer in kv), needed_mask(mask[0]), guidance, times)
         edits = Edits(identity_attention=frozenset(self.perturbed_layers(sampler)))
 
         def conditional(x: Tensor, t: Tensor) -> Tensor:

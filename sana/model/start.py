@@ -20,6 +20,7 @@ from sana.model.teacher import start_student, teacher
 from sana.model.text_to_image import TextToImage
 from sana.network.growth import BLOCK, Growth, depth_of, plan_growth, plan_pruning
 from sana.network.importance import most_important
+from sana.ops.choice import set_kernels
 from sana.run.build import build
 from sana.run.error import ConfigError
 from sana.run.importance import read_importance
@@ -190,7 +191,7 @@ class Prune(Start):
 
 
 def start_model(config: Any, resume: Path | None) -> tuple[Recipe, dict[str, Any]]:
-    """Build the recipe of a training configuration, with the weights that it starts from.
+    """Build the recipe of a training configuration, with its choice of kernels and the weights that it starts from.
 
     The network is made without memory where every tensor comes from the weights, and filled tensor by tensor.
 
@@ -204,6 +205,7 @@ def start_model(config: Any, resume: Path | None) -> tuple[Recipe, dict[str, Any
     Raises:
         ConfigError, CheckpointError: there are none, or they do not fit; one line.
     """
+    set_kernels(config.get("kernels", "auto"))
     start: Start = build(config.get("start"), "start") or AsIs()
     init = config.init if resume is None else None
     empty = empty_network(config.model) if init is not None and start.whole else None

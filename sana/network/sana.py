@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from sana.nn.block import Block
+from sana.nn.cross_attention import needed_mask, shared_bias
 from sana.nn.embed import FinalLayer, GuidanceEmbedding, Modulation, PatchEmbed, TextEmbedding, TimeEmbedding
 from sana.nn.initialise import initialise
 from sana.nn.linear import Linear
@@ -116,7 +117,8 @@ class Sana(nn.Module):
         """
         text = self._embed_text(cond)
         known = None if times is None else self.prepare_times(times, cond.guidance)
-        return Prepared(tuple(block.prepare(text) for block in self.blocks), cond.mask, cond.guidance, known)
+        mask = needed_mask(cond.mask)
+        return Prepared(tuple(block.prepare(text) for block in self.blocks), mask, cond.guidance, known)
 
     def prepare_times(self, times: Float[Tensor, " s"], guidance: Float[Tensor, " b"] | None = None) -> Times:
         """What the blocks need of the times of all steps, as `Prepared.times`; guidance as in `Condition`."""
@@ -215,11 +217,12 @@ class Sana(nn.Module):
         if self.position is not None:
             place = self.position(grid, x.device, tokens.dtype)
             tokens = (tokens.unflatten(1, (f, -1)) + place).flatten(1, 2)
+        mask = shared_bias(cond.mask, dtype)
         if isinstance(cond, Prepared) and cond.times is not None:
             time, vectors = self._known_times(t, cond.times)
-            return tokens, time, Context(grid, None, cond.mask, edits, vectors)
+            return tokens, time, Context(grid, None, mask, edits, vectors)
         time = self._embed_time(t, cond.guidance, dtype)
-        return tokens, time, Context(grid, self.modulation(time), cond.mask, edits)
+        return tokens, time, Context(grid, self.modulation(time), mask, edits)
 
     def _known_times(self, t: Tensor, known: Times) -> tuple[Float[Tensor, "b f d"], Float[Tensor, "b f layers 6 d"]]:
         """Rows of what `prepare_times` made; found without waiting for the device."""

@@ -55,9 +55,9 @@ class CrossAttention(nn.Module):
         x: Float[Tensor, "b n d"],
         k: Float[Tensor, "b l d"],
         v: Float[Tensor, "b l d"],
-        mask: Bool[Tensor, "b l"] | None,
+        mask: Bool[Tensor, "b l"] | Float[Tensor, "b l"] | None,
     ) -> Float[Tensor, "b n d"]:
-        """k and v from `keys_values`; mask True where a caption token may be attended to, None for all."""
+        """k and v from `keys_values`; mask as in `softmax_attention`."""
         q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (self.q_norm(self.q(x)), k, v))
         return self.proj(softmax_attention(q, k, v, mask).transpose(1, 2).flatten(2))
 
@@ -71,21 +71,63 @@ def softmax_attention(
     q: Float[Tensor, "b heads n dh"],
     k: Float[Tensor, "b heads l dh"],
     v: Float[Tensor, "b heads l dh"],
-    mask: Bool[Tensor, "b l"] | None,
+    mask: Bool[Tensor, "b l"] | Float[Tensor, "b l"] | None,
 ) -> Float[Tensor, "b heads n dh"]:
     """softmax(q k' / sqrt(dh)) v over the keys the mask allows; where it allows none, over all of them.
 
-    On GPUs and for inference a fused kernel, except where a forward derivative is taken, which fused kernels do not
-    have. In training on CPUs matrix products in fp32: there the fused kernel's backward pass is slower, in bf16 by a
-    factor of eight (torch 2.15), while its forward pass is up to twice as fast.
+    The mask is True where a key may be attended to, or what `attention_bias` made of that; None: all keys. On GPUs and
+    for inference a fused kernel, except where a forward derivative is taken, which fused kernels do not have. In
+    training on CPUs matrix products in fp32: there the fused kernel's backward pass is slower, in bf16 by a factor of
+    eight (torch 2.15), while its forward pass is up to twice as fast.
     """
-    fused = (q.is_cuda or not torch.is_grad_enabled()) and forward_ad._current_level < 0
+    fused = _fused(q.device)
     dtype = q.dtype if fused else torch.promote_types(q.dtype, torch.float32)
-    # A finite penalty, not -inf: exactly zero weight beside any allowed key, and no NaN for a fully masked caption.
-    bias = None if mask is None else torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -1e4)[:, None, None]
+    bias = None if mask is None else attention_bias(mask, dtype)[:, None, None]
     if fused:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
     with torch.autocast(q.device.type, enabled=False):
         scores = q.to(dtype) @ (k.to(dtype) * q.shape[-1] ** -0.5).mT
         weight = (scores if bias is None else scores + bias).softmax(-1)
         return (weight @ v.to(dtype)).to(q.dtype)
+
+
+def attention_bias(mask: Bool[Tensor, "b l"] | Float[Tensor, "b l"], dtype: torch.dtype) -> Float[Tensor, "b l"]:
+    """What is added to the scores: 0 where the mask is True and -1e4 elsewhere; a bias that was made already, cast.
+
+    Finite, not -inf: exactly zero weight beside any allowed key, and no NaN for a fully masked caption. Rows begin at
+    multiples of 16 numbers, as the fused kernels want them: else they would copy the bias in every layer.
+    """
+    if mask.dtype != torch.bool:
+        return mask.to(dtype)
+    length = mask.shape[1]
+    rows = torch.zeros(mask.shape[0], -(-length // 16) * 16, dtype=dtype, device=mask.device)[:, :length]
+    return rows.masked_fill_(~mask, -1e4)
+
+
+def shared_bias(
+    mask: Bool[Tensor, "b l"] | None, dtype: torch.dtype
+) -> Float[Tensor, "b l"] | Bool[Tensor, "b l"] | None:
+    """The bias that all layers of a forward pass share, so that it is not made in each; the mask itself where the
+    layers will not use the fused kernel, whose scores are in another type.
+
+    Args:
+        mask: see `softmax_attention`.
+        dtype: of the tokens; under autocast its type counts.
+    """
+    if mask is None or not _fused(mask.device):
+        return mask
+    place = mask.device.type
+    autocast = place != "meta" and torch.is_autocast_enabled(place)
+    return attention_bias(mask, torch.get_autocast_dtype(place) if autocast else dtype)
+
+
+def needed_mask(mask: Bool[Tensor, "b l"] | None) -> Bool[Tensor, "b l"] | None:
+    """The mask, or None where it is on a GPU and allows everything: without one the fastest kernel applies.
+
+    This waits for the device, so it belongs to the preparation of a prompt, not to a step. Elsewhere nothing is gained.
+    """
+    return None if mask is not None and type(mask) is Tensor and mask.is_cuda and bool(mask.all()) else mask
+
+
+def _fused(device: torch.device) -> bool:
+    return (device.type == "cuda" or not torch.is_grad_enabled()) and forward_ad._current_level < 0

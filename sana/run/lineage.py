@@ -10,7 +10,7 @@ from sana.run.records import is_locked
 from sana.run.runs import find_runs, load_status, read_overrides
 
 AUTO = "auto"
-OWN = ("run.", "resume", "allow_partial", "trainer.max_steps", "trainer.max_time", "trainer.devices",
+OWN = ("run.", "resume", "allow_partial", "kernels", "trainer.max_steps", "trainer.max_time", "trainer.devices",
        "trainer.num_nodes", "strategy", "data.num_workers", "data.micro_batch", "callback.", "logger.")  # fmt: skip
 """Settings that may differ between the parts of one run: where and how long it runs, not what it computes."""
 

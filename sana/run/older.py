@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 GONE = (("model", "accumulate"), ("data", "accumulate"))  # follows from data.micro_batch now
-NEW = {"init": None, "allow_partial": False}
+NEW = {"init": None, "allow_partial": False, "kernels": "auto"}
 
 
 def current(config: Mapping[str, Any]) -> dict[str, Any]:

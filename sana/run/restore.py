@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
+from sana.ops.choice import set_kernels
 from sana.run.build import build
 from sana.run.compose import Composed
 from sana.run.environment import describe_git, fast_precision
@@ -70,6 +71,7 @@ def restore(composed: Composed) -> Restored:
         ConfigError: no such checkpoint or device, or a part of the recipe is not on this machine.
     """
     config = composed.config
+    set_kernels(config.get("kernels", "auto"))
     found = find_weights(config.ckpt)
     recipe = training(found, config.get("recipe")).config
     device = choose_device(config.device)

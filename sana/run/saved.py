@@ -192,7 +192,7 @@ def _check_places(composed: Composed) -> None:
 
 def _same_as(run: Path, composed: Composed) -> None:
     """A run that is repeated without changes has the settings of the first, whatever became of conf/ meanwhile."""
-    old = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    old = current(yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8")))
     before, now = dict(_flat(old)), dict(_flat(composed.resolved))
     for key in sorted(before.keys() | now.keys()):
         if not key.startswith("run.") and before.get(key) != now.get(key):

@@ -51,6 +51,8 @@ class Train:
         init: weights to start from: anything that `ckpt` of sample.py takes. With resume=auto they are for the first
             part of the run.
         start: what is made of them: see `sana.model.start`.
+        kernels: "auto": Triton's where the tensors are on CUDA; "naive": plain torch; "triton": Triton's or an error.
+            How fast a run is, not what it computes: a run may go on with other kernels.
         block: one layer of the network, which `network.blocks` refers to.
         strategy: how the run is spread over devices; "auto" leaves it to Lightning.
         quant: quantisation; a training run takes null only.
@@ -69,6 +71,7 @@ class Train:
     callback: Nodes
     logger: Nodes
     allow_partial: bool = False
+    kernels: Literal["auto", "naive", "triton"] = "auto"
     init: str | None = None
     start: Node | None = None
     quant: Node | None = None
@@ -141,6 +144,8 @@ class Sample:
         preview: show the current batch in .preview.png at every so many steps; 0 for not.
         batch_size: images per call of the network.
         device: "auto", or a torch device.
+        kernels: "auto": Triton's where the tensors are on CUDA; "naive": plain torch; "triton": Triton's or an error.
+            Images that were drawn with other kernels count as drawn.
         offload: keep parts in main memory while they do not work ("model"), or even single layers ("sequential").
         precision: of the network: "auto", "bf16-mixed", "bf16-true" (weights too) or "32-true".
         dtype: of the encoders.
@@ -169,6 +174,7 @@ class Sample:
     preview: int
     batch_size: int
     device: str
+    kernels: Literal["auto", "naive", "triton"]
     offload: Literal["none", "model", "sequential"]
     precision: str
     dtype: Dtype
@@ -204,6 +210,8 @@ class Eval:
         out: folder of the images; null makes one in the run's directory.
         batch_size: images per call of the network.
         device: "auto", or a torch device.
+        kernels: "auto": Triton's where the tensors are on CUDA; "naive": plain torch; "triton": Triton's or an error.
+            Images that were drawn with other kernels count as drawn.
         precision: of the network.
         weights: the averaged ("ema") or the last ("live") weights of the network.
         recipe: experiment of conf/ that weights without a run were trained like.
@@ -226,6 +234,7 @@ class Eval:
     out: str | None
     batch_size: int
     device: str
+    kernels: Literal["auto", "naive", "triton"]
     precision: Literal["auto", "bf16-mixed", "32-true"]
     weights: Literal["ema", "live"]
     recipe: str | None
