@@ -3,21 +3,43 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
+from importlib import import_module
 
-from sana.bench import frechet, optimizer, sample, saving
+COMMANDS = {
+    "sample": "drawing, against diffusers' SanaPipeline",
+    "optimizer": "step time and state bytes of optimizers",
+    "saving": "what a checkpoint costs the training that goes on",
+    "frechet": "of statistics, against clean-fid and torchmetrics",
+    "warm": "compile what the rows with compiled peers will ask for",
+}
+ROWS = {
+    "operators": "each op, against torch eager and compiled",
+    "models": "a forward of the denoiser, against diffusers",
+    "autoencoder": "a decode, against diffusers",
+    "end": "from a prompt to pixels, against diffusers",
+    "update": "a training step, against diffusers",
+    "day": "all of these five in the order of worth, within --seconds",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Read the command line and run one benchmark; its exit code."""
+    """Read the command line and run one benchmark; its exit code.
+
+    Only the module of the command is imported: some need packages that a bare GPU machine does not have.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
     parser = argparse.ArgumentParser(prog="bench.py", description="Measurements against other implementations.")
     commands = parser.add_subparsers(dest="command", required=True)
-    sample.add_arguments(commands.add_parser("sample", help="drawing, against diffusers' SanaPipeline"))
-    optimizer.add_arguments(commands.add_parser("optimizer", help="step time and state bytes of optimizers"))
-    saving.add_arguments(commands.add_parser("saving", help="what a checkpoint costs the training that goes on"))
-    frechet.add_arguments(commands.add_parser("frechet", help="of statistics, against clean-fid and torchmetrics"))
-    given = parser.parse_args(arguments)
-    return {"sample": sample, "optimizer": optimizer, "saving": saving, "frechet": frechet}[given.command].run(given)
+    for name, text in (COMMANDS | ROWS).items():
+        one = commands.add_parser(name, help=text)
+        if given[:1] == [name]:
+            import_module(f"sana.bench.{name if name in COMMANDS else 'run'}").add_arguments(one)
+    options = parser.parse_args(given)
+    if options.command in ROWS:
+        return import_module("sana.bench.run").run(options.command, options)
+    return import_module(f"sana.bench.{options.command}").run(options)
 
 
 if __name__ == "__main__":

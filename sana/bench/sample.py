@@ -16,8 +16,9 @@ from typing import Any
 import torch
 
 from sana.allocator import DRAWING, keep_pages, one_arena
+from sana.bench.parts import SIZES
 from sana.bench.roofline import DECODE_FLOPS, Rates, denoiser_bytes, measure_rates, wait
-from sana.bench.sides import SIZES, STAGES, Side, Work, make_both, make_one
+from sana.bench.sides import STAGES, Side, Work, make_both, make_one
 from sana.bench.turns import Turns
 from sana.run.environment import cpu_name, describe_git, peak_rss_gib
 from sana.types import Grid
@@ -27,7 +28,12 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
-    parser.add_argument("--size", choices=SIZES, default="600m", help="network (tiny: to try the command)")
+    parser.add_argument(
+        "--size",
+        choices=[n for n in SIZES if not SIZES[n].guidance],
+        default="600m",
+        help="network (tiny: to try the command)",
+    )
     parser.add_argument("--px", type=int, default=512, help="side of the images")
     parser.add_argument("--steps", type=int, default=20, help="of DPM-Solver++, with guidance")
     parser.add_argument("--batch", type=int, default=1, help="images at once")

@@ -1,0 +1,198 @@
+"""``bench.py update``: a training step on cached latents and text, and its share of the card's arithmetic (MFU).
+
+Operations are those of `Sana.flops`, three times, as torch's own counter counts the backward pass of grouped
+convolutions as if they were not grouped. MFU refers to the 989 TFLOP/s of the datasheet.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sana.bench.counts import PEAK, Kernel, backward_kernels, floor, network_kernels, predicted
+from sana.bench.measure import Bench, Case, measure, relative
+from sana.bench.parts import SIZES, made, our_network, their_network
+from sana.bench.peers import compile_blocks
+from sana.bench.rows import Row
+from sana.types import Condition, Grid
+
+TEXT = 300
+
+
+@dataclass(frozen=True)
+class Step:
+    """One row: network, resolution, batch, and what it has to reach."""
+
+    size: str
+    px: int
+    batch: int
+    bars: tuple[tuple[str, float], ...] = ()
+
+    @property
+    def text(self) -> str:
+        """For the row."""
+        return f"{self.size} {self.px}px b{self.batch}"
+
+    @property
+    def grid(self) -> Grid:
+        """In tokens."""
+        return Grid(1, self.px // 32, self.px // 32)
+
+
+STEPS = (
+    Step("1600m", 1024, 16, (("mfu", 0.40), ("eager", 1.25), ("compiled", 1.05))),
+    Step("600m", 512, 64, (("mfu", 0.35),)),
+)
+TINY = (Step("tiny", 64, 2),)
+
+
+def chosen_steps(tiny: bool) -> tuple[Step, ...]:
+    """The rows of this machine: half the batch on cards of less than 100 GB."""
+    if tiny:
+        return TINY
+    small = torch.cuda.is_available() and torch.cuda.get_device_properties(0).total_memory < 100e9
+    return tuple(replace(step, batch=step.batch // 2) for step in STEPS) if small else STEPS
+
+
+def cases(tiny: bool) -> list[Case]:
+    """All rows, then the first with blocks compiled on both sides."""
+    name, steps = "training step, fused AdamW", chosen_steps(tiny)
+    found = [Case("update", name, s.text, _Update(s), 30) for s in steps]
+    return [*found, *(Case("update", name, s.text, _Update(s, True), 60, "compiled") for s in steps[:1])]
+
+
+class Trainee:
+    """A network in fp32 with its optimizer; `step` is one update under autocast to bf16.
+
+    Args:
+        network: (x, t, text, mask) -> velocity (b, 32, h, w).
+    """
+
+    def __init__(
+        self, module: nn.Module, network: Callable[..., Tensor], bench: Bench, given: dict[str, Tensor]
+    ) -> None:
+        self.module, self.network, self.device, self.given = module, network, bench.device, given
+        self.autocast = bench.dtype != torch.float32
+        fused: dict[str, Any] = {"fused": True} if bench.device.type == "cuda" else {}
+        self.optimizer = torch.optim.AdamW(module.parameters(), lr=1e-5, **fused)
+
+    def loss(self) -> Tensor:
+        """Mean square of the velocity's error on the linear path."""
+        x0, eps, t = self.given["x0"], self.given["eps"], self.given["t"]
+        at = t.view(-1, 1, 1, 1)
+        xt = (1 - at) * x0 + at * eps
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+            v = self.network(xt, t, self.given["text"], self.given["mask"])
+        return F.mse_loss(v.float(), eps - x0)
+
+    def step(self) -> Tensor:
+        """Forward, backward, clipping to a norm of 1, update."""
+        loss = self.loss()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.module.parameters(), 1.0, foreach=True)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+
+def batch(bench: Bench, step: Step) -> dict[str, Tensor]:
+    """Latents, noise, times, captions; a fifth of the caption is masked."""
+    size, side, b = SIZES[step.size], step.px // 32, step.batch
+    with made(torch.float32, bench.device, seed=3):
+        x0, eps = torch.randn(b, 32, side, side), torch.randn(b, 32, side, side)
+        text, t = torch.randn(b, TEXT, size.text_channels), torch.linspace(0.1, 0.9, b)
+    mask = torch.ones(b, TEXT, dtype=torch.bool, device=bench.device)
+    mask[:, TEXT * 4 // 5 :] = False
+    return {"x0": x0, "eps": eps, "text": text.to(bench.dtype), "t": t, "mask": mask}
+
+
+def make_ours(bench: Bench, step: Step, given: dict[str, Tensor], compiled: bool) -> Trainee:
+    """Our network."""
+    network = our_network(SIZES[step.size], step.px, torch.float32, bench.device).train()
+    if compiled:
+        compile_blocks(network.blocks)
+
+    def run(x: Tensor, t: Tensor, text: Tensor, mask: Tensor) -> Tensor:
+        return network(x.unsqueeze(2), t.unsqueeze(1), Condition(text, mask)).squeeze(2)
+
+    return Trainee(network, run, bench, given)
+
+
+def make_theirs(bench: Bench, step: Step, given: dict[str, Tensor], compiled: bool) -> Trainee:
+    """diffusers' network."""
+    network = their_network(SIZES[step.size], step.px, torch.float32, bench.device).train()
+    if compiled:
+        compile_blocks(network.transformer_blocks)
+
+    def run(x: Tensor, t: Tensor, text: Tensor, mask: Tensor) -> Tensor:
+        times = (t * 1000 + 2**-10).floor()
+        return network(x, text, timestep=times, encoder_attention_mask=mask.to(x.dtype), return_dict=False)[0]
+
+    return Trainee(network, run, bench, given)
+
+
+def step_kernels(size: str, tokens: int, b: int) -> list[Kernel]:
+    """Forward, backward, weights cast to bf16 (6 bytes each), AdamW (28 bytes each)."""
+    forward = network_kernels(SIZES[size], tokens, TEXT, b, 2)
+    count = sum(p.numel() for p in our_network(SIZES[size], 1024, torch.float32, torch.device("meta")).parameters())
+    return [*forward, *backward_kernels(forward), Kernel("cast", 0, 6.0 * count), Kernel("AdamW", 0, 28.0 * count)]
+
+
+class _Update:
+    def __init__(self, step: Step, compiled: bool = False) -> None:
+        self.step, self.compiled = step, compiled
+
+    def __call__(self, bench: Bench, row: Row) -> None:
+        from sana.checkpoint.diffusers import sana_from_diffusers
+
+        step = self.step
+        bench.drop()
+        given = batch(bench, step)
+        sides = {"theirs": make_theirs(bench, step, given, self.compiled)}
+        sides["ours"] = make_ours(bench, step, given, self.compiled)
+        sides["ours"].module.load_state_dict(sana_from_diffusers(sides["theirs"].module.state_dict()))
+        kernels = step_kernels(step.size, step.grid.tokens, step.batch)
+        row.floor_ms, row.predicted_ms = floor(kernels) * 1e3, predicted(kernels) * 1e3
+        row.bars |= dict(step.bars)
+        if not self.compiled:
+            with torch.no_grad():
+                row.error["ours"] = relative(sides["ours"].loss(), sides["theirs"].loss())
+        # One after the other, as the activations and optimizer states of both are more than a card may hold.
+        names = (
+            {"ours": "ours compiled", "theirs": "compiled"} if self.compiled else {"ours": "ours", "theirs": "eager"}
+        )
+        for side, name in names.items():
+            self.time(bench, row, sides.pop(side), name)
+            gc.collect()
+            bench.drop()
+        self.judge(row)
+
+    def time(self, bench: Bench, row: Row, trainee: Trainee, name: str) -> None:
+        """One side's steps and peak memory."""
+        alone = Row("", "", "", "")
+        if bench.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        measure(bench, alone, {"ours": trainee.step})
+        if "ours" in alone.failed:
+            row.failed[name] = alone.failed["ours"]
+        if "ours" in alone.ms:
+            row.ms[name] = alone.ms["ours"]
+        if bench.device.type == "cuda":
+            row.facts[f"peak_gib_{name.replace(' ', '_')}"] = torch.cuda.max_memory_allocated() / 2**30
+
+    def judge(self, row: Row) -> None:
+        """Ratios and MFU, ours being the faster of eager and compiled, which the row says."""
+        mine = [row.ms[name]["median"] for name in ("ours", "ours compiled") if name in row.ms]
+        if not mine:
+            return
+        network = our_network(SIZES[self.step.size], self.step.px, torch.float32, torch.device("meta"))
+        operations = 3 * self.step.batch * network.flops(self.step.grid, TEXT)
+        row.facts["mfu"] = operations / (min(mine) * 1e-3) / PEAK
+        row.facts["tflop"] = operations / 1e12
+        row.ratio = {peer: row.ms[peer]["median"] / min(mine) for peer in ("eager", "compiled") if peer in row.ms}
