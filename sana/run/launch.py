@@ -44,7 +44,8 @@ python train.py --rerun runs/tiny/2026-01-31_12-00-00_0      the same settings a
 python sample.py ckpt=runs/tiny/2026-01-31_12-00-00_0 prompt="a red circle left of a blue square" n=8
 python sample.py ckpt=... prompt=prompts.txt n=4 out=pictures grid=true      (stop it and run it again: it goes on)
 python sample.py ckpt=... prompt=prompts.jsonl best_of=32 keep=4 judge=verifier judge.weights=PATH out=chosen
-python sample.py ckpt=... prompt="..." width=1920 height=1080 sampler=flow_euler sampler.pag_scale=2""",
+python sample.py ckpt=... prompt="..." width=1920 height=1080 sampler=flow_euler sampler.pag_scale=2
+python sample.py dry_run=true recipe=image/sana_1600m_1024px quant=int8_weight offload=model      (memory, no weights)""",
     "eval": """\
 python eval.py ckpt=runs/tiny/2026-01-31_12-00-00_0
 python eval.py ckpt=... metric=[geneval_scenes,fid_scenes] sampler.steps=10
@@ -169,6 +170,11 @@ def _run(entry: str, task: Task, given: Arguments) -> int:
         from sana.run.plan import print_plan
 
         print_plan(composed)
+        return 0
+    if entry == "sample" and composed.config.dry_run:
+        from sana.run.drawing_plan import print_drawing_plan
+
+        print_drawing_plan(composed)
         return 0
     if entry == "train" and is_first_rank():
         from sana.run.plan import switches

@@ -132,6 +132,8 @@ class Sample:
         best_of: candidates per prompt, of which `judge` chooses; null draws without choosing.
         keep: how many are kept, best first; null is 1.
         keep_all: keep all candidates as well, in the folder "pool", where another judge can look at them.
+        dry_run: print the memory that drawing would take instead of drawing; needs no prompt (one image is planned) and,
+            with `recipe`, no weights.
         size: nominal resolution of the model; null takes the size of training.
         width, height: pixels of the images; null is size.
         bins: draw at the nearest of the published sizes (512, 1024, 2048, 4096 px), then resize and crop.
@@ -145,7 +147,8 @@ class Sample:
         precision: of the network: "auto", "bf16-mixed", "bf16-true" (weights too) or "32-true".
         dtype: of the encoders.
         weights: the averaged ("ema") or the last ("live") weights of the network.
-        recipe: experiment of conf/ that weights without a run were trained like.
+        recipe: experiment of conf/ that weights without a run were trained like; with dry_run and without weights,
+            an experiment or a model.
         allow_missing, allow_extra: names or patterns of tensors that the checkpoint may lack or have over.
         judge: who chooses with `best_of`; null without.
     """
@@ -159,6 +162,7 @@ class Sample:
     best_of: int | None
     keep: int | None
     keep_all: bool
+    dry_run: bool
     size: int | None
     width: int | None
     height: int | None
