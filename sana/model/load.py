@@ -11,13 +11,14 @@ from torch import Tensor, nn
 
 from sana.checkpoint.error import CheckpointError
 from sana.checkpoint.names import list_names
-from sana.checkpoint.record import EXTRA, parse_record
+from sana.checkpoint.record import EXTRA, check_unquantised, parse_record, read_quantisation
 from sana.checkpoint.run_file import Weights, read_run_file
 from sana.checkpoint.source import open_source
 from sana.checkpoint.tensors import Tensors, check_finite, read_safetensors
 from sana.model.generate import Painter
 from sana.model.text_to_image import TextToImage
 from sana.nn.inference import for_inference
+from sana.quant.rebuild import rebuild
 
 
 def load_weights(
@@ -30,7 +31,8 @@ def load_weights(
     """Put the weights of a checkpoint into a recipe built for it.
 
     Args:
-        module: its network is overwritten; it may be on the meta device.
+        module: its network is overwritten; it may be on the meta device. Where the checkpoint is quantised, the
+            network's layers become quantised ones.
         checkpoint: a ``.ckpt`` that a run wrote (file or directory of shards), a consolidated or other
             ``.safetensors``, an original ``.pth``, a diffusers folder, or shards of another origin. No code in it is
             run.
@@ -47,14 +49,23 @@ def load_weights(
         CheckpointError: keys are missing, left over or of another shape, with their names; numbers that are not
             finite; or it is no checkpoint of this recipe.
     """
-    state, updates = read_weights(checkpoint, weights)
+    quant = read_quantisation(checkpoint)
+    if quant is not None:
+        try:
+            module.network = rebuild(module.network, quant["layers"])
+        except ValueError as error:
+            raise CheckpointError(f"{checkpoint}: the record of its quantisation is wrong: {error}") from None
+    state, updates = read_weights(checkpoint, weights, quantised=quant is not None)
     fill(module.network, state, checkpoint, allow_missing, allow_extra)
     return updates
 
 
-def read_weights(checkpoint: str | Path, weights: Weights = "ema") -> tuple[Tensors, int | None]:
+def read_weights(
+    checkpoint: str | Path, weights: Weights = "ema", quantised: bool = False
+) -> tuple[Tensors, int | None]:
     """Tensors of a network by this project's names, read when they are asked for, and the number of updates they have
-    seen; arguments and errors as of `load_weights`."""
+    seen; arguments and errors as of `load_weights`. Quantised ones are refused unless `quantised` says that they are
+    known to be."""
     path, updates = Path(checkpoint), None
     if path.suffix == ".ckpt":
         state, _, updates = read_run_file(path, weights)
@@ -67,6 +78,8 @@ def read_weights(checkpoint: str | Path, weights: Weights = "ema") -> tuple[Tens
             source = open_source(path, weights)
             state = source.tensors
         else:
+            if not quantised:
+                check_unquantised(record, path)
             updates = record.updates
             if weights == "live" and record.weights == "ema":
                 raise CheckpointError(f"{path}: holds the averaged weights only; leave out weights=live")

@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from sana.checkpoint.error import CheckpointError
 from sana.checkpoint.published import RELEASES, warning_for
-from sana.checkpoint.record import read_record
+from sana.checkpoint.record import kind_of_quant, read_quantisation, read_record
 from sana.run.compose import Composed, compose, masked_environment, parse_override, show
 from sana.run.error import ConfigError
 from sana.run.groups import list_options
@@ -153,6 +153,7 @@ def fill_from_run(composed: Composed) -> Composed:
     """
     config = composed.config.copy()
     saved = training_behind(config).config
+    _check_quantised_once(config)
     if saved.get("timestep") is None or saved.get("sampler") is None:
         named = "recipe" if OmegaConf.is_missing(config, "ckpt") or config.ckpt is None else "ckpt"
         raise ConfigError(f"{named}: {config[named]} is {saved.model._target_}, which does not draw from prompts")
@@ -168,6 +169,20 @@ def fill_from_run(composed: Composed) -> Composed:
         if shifted and not _set_on_command_line(composed, "sampler.grid.shift"):
             OmegaConf.update(config, "sampler.grid.shift", "${timestep.shift}")
     return Composed(composed.entry, config, composed.overrides)
+
+
+def _check_quantised_once(config: DictConfig) -> None:
+    """Refuse to quantise what is.
+
+    Raises:
+        ConfigError: the checkpoint is quantised and `quant` is given.
+    """
+    if config.get("quant") is None or OmegaConf.is_missing(config, "ckpt") or config.ckpt is None:
+        return
+    found = find_weights(str(config.ckpt))
+    quant = None if found.of_run else read_quantisation(found.path)
+    if quant is not None:
+        raise ConfigError(f"quant: {config.ckpt} is quantised already ({kind_of_quant(quant)}); leave quant out")
 
 
 def _check_images_only(composed: Composed) -> None:
