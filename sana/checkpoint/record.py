@@ -9,9 +9,9 @@ position table, a loss-weighting head) is kept under ``extra.`` and its native n
     facts     JSON: what is known apart from a recipe (family, flow shift, size, where the weights came from)
     weights   "ema" or "live"
     updates   number of updates that the weights have seen
-    quant     JSON: of a quantised file. "quant": what was asked for, as in a configuration; "layers": name of a layer ->
-              its format ("kind") and the settings that it is built with, see `sana.quant.rebuild`. The file holds such
-              layers' own tensors and cannot be trained on or converted.
+    quant     JSON, of a quantised file only. "quant": what was asked for, as in a configuration; "layers": name of a
+              layer -> its format ("kind") and the settings that it is built with, see `sana.quant.rebuild`. The file
+              holds such layers' own tensors and can be neither trained on nor converted.
 """
 
 from __future__ import annotations
@@ -82,8 +82,8 @@ def check_unquantised(record: Record | None, path: str | Path) -> None:
     """
     if record is not None and record.quant is not None:
         raise CheckpointError(
-            f"{path}: its weights are quantised ({kind_of_quant(record.quant)}), which serves sample.py and eval.py only; "
-            "give the weights that it was made of"
+            f"{path}: its weights are quantised ({kind_of_quant(record.quant)}), which serves sample.py and eval.py "
+            "only; give the weights that it was made of"
         )
 
 

@@ -89,9 +89,16 @@ def read_weights(
 
 def make_painter(module: TextToImage, device: str | torch.device) -> Painter:
     """A painter with the recipe's parts in eval mode on a device."""
+    painter = bare_painter(module, device)
+    painter.network = for_inference(painter.network)
+    return painter
+
+
+def bare_painter(module: TextToImage, device: str | torch.device) -> Painter:
+    """The same whose network keeps its plain layers, for quantisations to find."""
     module.frozen.place = "device"  # of a run that draws, not of the one that trained
     module.frozen.to(device)
-    network = for_inference(module.network.to(device).eval().requires_grad_(False))
+    network = module.network.to(device).eval().requires_grad_(False)
     return Painter(network, module.frozen.autoencoder, module.frozen.text_encoder, module.null_like)
 
 
@@ -116,8 +123,8 @@ def fill(
     own = network.state_dict()
     missing = sorted(name for name in own.keys() - state.keys() if not named(name, allow_missing))
     extra = sorted(name for name in state.keys() - own.keys() if not named(name, allow_extra))
-    reshaped = sorted(k for k in own.keys() & state.keys() if own[k].shape != state.like[k].shape)
-    shapes = [f"{k} {tuple(state.like[k].shape)}, not {tuple(own[k].shape)}" for k in reshaped]
+    reshaped = sorted(k for k in own.keys() & state.keys() if not _fits(own[k], state.like[k]))
+    shapes = [f"{k} {_shape(state.like[k])}, not {_shape(own[k])}" for k in reshaped]
     if missing or extra or reshaped:
         parts = [("missing", missing), ("extra", extra), ("of another shape", shapes)]
         said = "; ".join(f"{what}: {list_names(keys)} ({len(keys)})" for what, keys in parts if keys)
@@ -132,6 +139,17 @@ def fill(
                 target = torch.empty_like(target, device="cpu")  # in its own type and memory format
                 _place(network, name, target)
             target.copy_(value)
+
+
+def _fits(own: Tensor, given: Tensor) -> bool:
+    """Whether shapes agree, and types where one of them holds codes."""
+    codes = any(not t.is_floating_point() or t.dtype.itemsize == 1 for t in (own, given))
+    return own.shape == given.shape and (own.dtype == given.dtype or not codes)
+
+
+def _shape(tensor: Tensor) -> str:
+    wide = tensor.is_floating_point() and tensor.dtype.itemsize > 1
+    return f"{tuple(tensor.shape)}" if wide else f"{tuple(tensor.shape)} {tensor.dtype}".replace("torch.", "")
 
 
 def _place(network: nn.Module, name: str, value: Tensor) -> None:

@@ -11,10 +11,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -22,13 +22,16 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sana.aspect_ratio import drawn_size
+from sana.checkpoint.record import kind_of_quant, read_quantisation
 from sana.ops.allocations import Allocations
+from sana.quant.rebuild import rebuild
 from sana.run.build import build
 from sana.run.compose import Composed
 from sana.run.dtype import check_dtypes
 from sana.run.error import ConfigError
 from sana.run.plan import text_numbers
 from sana.run.prompts import read_prompts
+from sana.run.runs import find_weights
 from sana.run.saved import training_behind
 from sana.types import Condition, Prepared
 
@@ -158,7 +161,23 @@ def _network(config: DictConfig, model: DictConfig) -> Any:
             _cast(network, torch.bfloat16)
         if config.quant is not None:
             network = build(config.quant, "quant")(network)
+        else:
+            network = _as_in_file(network, config)
     return network
+
+
+def _as_in_file(network: Any, config: DictConfig) -> Any:
+    """The network quantised as the checkpoint is, if it is."""
+    if OmegaConf.is_missing(config, "ckpt"):
+        return network
+    found = find_weights(str(config.ckpt))
+    quant = None if found.of_run else read_quantisation(found.path)
+    if quant is None:
+        return network
+    try:
+        return rebuild(network, quant["layers"])
+    except ValueError as error:
+        raise ConfigError(f"{found.path}: the record of its quantisation is wrong: {error}") from None
 
 
 def _autoencoder(config: DictConfig, model: DictConfig) -> Any:
@@ -344,11 +363,15 @@ def print_drawing_plan(composed: Composed, console: Console | None = None) -> No
 
 
 def _how(composed: Composed) -> str:
-    quant: Literal["none"] | str = "none"
-    if composed.resolved["quant"] is not None:
-        quant = str(composed.resolved["quant"]["_target_"]).rpartition(".")[2]
-    precision = composed.config.precision
-    return f"precision={'bf16-mixed, as a card has it' if precision == 'auto' else precision}, quant={quant}"
+    """Precision and quantisation of the network, in words."""
+    config, asked = composed.config, composed.resolved["quant"]
+    quant = "none" if asked is None else str(asked["_target_"]).rpartition(".")[2]
+    if asked is None and not OmegaConf.is_missing(config, "ckpt"):
+        found = find_weights(str(config.ckpt))
+        stored = None if found.of_run else read_quantisation(found.path)
+        quant = quant if stored is None else f"{kind_of_quant(stored)}, as in the file"
+    precision = "bf16-mixed, as a card has it" if config.precision == "auto" else config.precision
+    return f"precision={precision}, quant={quant}"
 
 
 def _gib(size: int) -> str:

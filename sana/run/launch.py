@@ -45,7 +45,7 @@ python sample.py ckpt=runs/tiny/2026-01-31_12-00-00_0 prompt="a red circle left 
 python sample.py ckpt=... prompt=prompts.txt n=4 out=pictures grid=true      (stop it and run it again: it goes on)
 python sample.py ckpt=... prompt=prompts.jsonl best_of=32 keep=4 judge=verifier judge.weights=PATH out=chosen
 python sample.py ckpt=... prompt="..." width=1920 height=1080 sampler=flow_euler sampler.pag_scale=2
-python sample.py dry_run=true recipe=image/sana_1600m_1024px quant=int8_weight     (what memory it takes, on any machine)""",
+python sample.py dry_run=true recipe=image/sana_1600m_1024px quant=int8_weight     (what memory it takes, anywhere)""",
     "quantise": """\
 python scripts/quantise.py ckpt=scenes quant=int8_weight out=scenes_int8.safetensors
 python sample.py ckpt=scenes_int8.safetensors prompt="a red circle left of a blue square"

@@ -153,7 +153,7 @@ def fill_from_run(composed: Composed) -> Composed:
     """
     config = composed.config.copy()
     saved = training_behind(config).config
-    _check_quantised_once(config)
+    _check_quantised_once(composed)
     if saved.get("timestep") is None or saved.get("sampler") is None:
         named = "recipe" if OmegaConf.is_missing(config, "ckpt") or config.ckpt is None else "ckpt"
         raise ConfigError(f"{named}: {config[named]} is {saved.model._target_}, which does not draw from prompts")
@@ -171,17 +171,18 @@ def fill_from_run(composed: Composed) -> Composed:
     return Composed(composed.entry, config, composed.overrides)
 
 
-def _check_quantised_once(config: DictConfig) -> None:
+def _check_quantised_once(composed: Composed) -> None:
     """Refuse to quantise what is.
 
     Raises:
         ConfigError: the checkpoint is quantised and `quant` is given.
     """
+    config = composed.config
     if config.get("quant") is None or OmegaConf.is_missing(config, "ckpt") or config.ckpt is None:
         return
     found = find_weights(str(config.ckpt))
     quant = None if found.of_run else read_quantisation(found.path)
-    if quant is not None:
+    if quant is not None and composed.entry != "quantise":  # which has a line of its own
         raise ConfigError(f"quant: {config.ckpt} is quantised already ({kind_of_quant(quant)}); leave quant out")
 
 
