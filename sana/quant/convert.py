@@ -35,7 +35,7 @@ def convert(
     several times stays one layer; a weight that other modules use too is left alone. Nothing is changed on an error.
 
     Args:
-        module: any module.
+        module: any module; on the meta device errors are NaN and all else is as it would be.
         make: (name, layer) -> its quantised copy, a `QuantisedLinear` unless it keeps the weight as it is; None, or `NotConverted` raised with a reason, leaves the layer as
             it is; the layer of a 1x1 convolution is an `nn.Linear` made of it.
         kind: name of the format, for the report.
@@ -102,7 +102,7 @@ def _layer(
     if reason is not None:
         raise NotConverted(reason)
     name, linear = aliases[0], _linear(child)
-    if not linear.weight.isfinite().all():
+    if not linear.weight.is_meta and not linear.weight.isfinite().all():
         raise ValueError(f"the weight of {name or type(child).__name__} is not finite; it cannot be quantised")
     with torch.no_grad():
         layer = make(name, linear)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -131,7 +132,9 @@ def measure_errors(
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
-    """|found - expected| / |expected| in the Frobenius norm, in float64; 0 where both are zero."""
+    """|found - expected| / |expected| in the Frobenius norm, in float64; 0 where both are zero, NaN of meta tensors."""
+    if expected.is_meta:
+        return math.nan
     return _relative(*_squares(found, expected))
 
 
