@@ -99,7 +99,6 @@ def make_drawing_plan(composed: Composed) -> DrawingPlan:
     check_dtypes(config.precision, config.dtype.autoencoder, config.dtype.text)
     model = training_behind(config).config.model
     autocast = config.precision in ("auto", "bf16-mixed")
-    sampler = build(config.sampler, "sampler")
     network, autoencoder = _network(config, model), _autoencoder(config, model)
     text = _text(config, model)
     ratio = autoencoder.ratio
@@ -115,9 +114,9 @@ def make_drawing_plan(composed: Composed) -> DrawingPlan:
     with fake:
         network, autoencoder = network.to_empty(device="cpu"), autoencoder.to_empty(device="cpu")
     latents = (images, autoencoder.channels, height // ratio, width // ratio)
-    pairs = 2 if sampler.guided and network.guidance_embed is None else 1
+    pairs = 2 if config.sampler.guidance != 1 and network.guidance_embed is None else 1
     with torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext(), fake:
-        drawing = _denoising(network, latents, pairs, sampler.steps, text)
+        drawing = _denoising(network, latents, pairs, int(config.sampler.steps), text)
     inside = autocast and config.dtype.autoencoder == "auto"
     with torch.autocast("cpu", torch.bfloat16) if inside else nullcontext():
         decoding, tile = _decoding(autoencoder, latents, parts["autoencoder"], fake)
