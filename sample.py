@@ -40,7 +40,7 @@ def sample(composed: Composed) -> None:
         cast_parts(module, config.precision, dtype.autoencoder, dtype.text)
         if config.quant is not None:
             module.network = build(config.quant, "quant")(module.network)
-        painter = place_painter(module, restored.device, config.offload, dtype.autoencoder)
+        painter = place_painter(module, restored.device, config.offload, dtype.autoencoder, config.graphs)
         plan = {"multiple": painter.multiple} | {key: settings[key] for key in REQUEST}
         mask = config.negative_mask or restored.training.model.get("null_mask")
         facts = restored.facts(composed) | {"negative_mask": mask, "dtype": settings["dtype"]}

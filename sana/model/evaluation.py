@@ -15,6 +15,7 @@ import torch.distributed as dist
 from sana.metric.pictures import Pictures
 from sana.metric.ranks import rank
 from sana.model.found import Lines
+from sana.model.graphs import use_graphs
 from sana.model.load import load_weights, make_painter
 from sana.run.build import build, build_all
 from sana.run.compose import Composed
@@ -97,7 +98,8 @@ def drawing_of(composed: Composed, restored: Restored, lines: Lines | None) -> d
     load_weights(restored.module, restored.checkpoint, config.weights, *allowed)
     if config.quant is not None:
         restored.module.network = build(config.quant, "quant")(restored.module.network)
-    painter, sampler = make_painter(restored.module, restored.device), build(config.sampler, "sampler")
+    painter = use_graphs(make_painter(restored.module, restored.device), config.graphs)
+    sampler = build(config.sampler, "sampler")
 
     def images(prompts: list[str], seeds: list[int]) -> np.ndarray:
         with restored.autocast():

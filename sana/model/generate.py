@@ -36,6 +36,10 @@ class Painter:
         null_like: Condition of prompts -> Condition of nothing, for guidance; the same features for every prompt.
         offload: brings each part to its device while it is used; None: all parts are where they work.
         autocast_decoder: whether a surrounding autocast also holds for the autoencoder.
+
+    Attributes:
+        velocity: called instead of the network, such as `sana.model.graphs.NetworkGraphs`; None: the network.
+        pixels: called instead of the autoencoder's `decode`; None: that.
     """
 
     def __init__(
@@ -49,6 +53,8 @@ class Painter:
     ) -> None:
         self.network, self.autoencoder, self.text_encoder = network, autoencoder, text_encoder
         self.null_like, self.offload, self.autocast_decoder = null_like, offload, autocast_decoder
+        self.velocity: Callable[..., Tensor] | None = None
+        self.pixels: Callable[[Tensor], Tensor] | None = None
         self._rows: OrderedDict[str, Tensor] = OrderedDict()
         self._padded: dict[str, Condition] = {}
 
@@ -147,7 +153,7 @@ class Painter:
         dtype = next((p.dtype for p in self.autoencoder.parameters()), latents.dtype)
         context = nullcontext() if self.autocast_decoder else torch.autocast(latents.device.type, enabled=False)
         with self._using(self.autoencoder), context:
-            pixels = self.autoencoder.decode(latents.squeeze(2).to(dtype)).float()
+            pixels = (self.pixels or self.autoencoder.decode)(latents.squeeze(2).to(dtype)).float()
         return to_pixels(pixels if crop is None else resize_and_crop(pixels, *crop))
 
     @torch.no_grad()
@@ -252,7 +258,8 @@ class Painter:
 
     def _velocity(self, x: Tensor, t: Tensor, prepared: Prepared, edits: Edits | None = None) -> Tensor:
         time = t[:, None].to(x.dtype)
-        v = self.network(x, time, prepared) if edits is None else self.network(x, time, prepared, edits)
+        network = self.velocity or self.network
+        v = network(x, time, prepared) if edits is None else network(x, time, prepared, edits)
         return v.to(x.dtype)
 
     def perturbed_layers(self, sampler: Sampler) -> Sequence[int]:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from sana.model.generate import Painter
+from sana.model.graphs import use_graphs
 from sana.model.load import make_painter
 from sana.model.offload import Offload
 from sana.model.text_to_image import TextToImage
@@ -35,6 +36,7 @@ def place_painter(
     device: torch.device,
     offload: Literal["none", "model", "sequential"] = "none",
     autoencoder: str = "auto",
+    graphs: Literal["auto", False] = False,
 ) -> Painter:
     """A painter whose parts are on the device, or come to it when they work.
 
@@ -43,11 +45,12 @@ def place_painter(
         device: where the work is done.
         offload: see `Offload`; "none": everything is on the device.
         autoencoder: its dtype; "auto": it runs under a surrounding autocast too.
+        graphs: see `use_graphs`.
     """
     painter = make_painter(module, device if offload == "none" else "cpu")
     painter.offload = None if offload == "none" else Offload(offload, device)
     painter.autocast_decoder = autoencoder == "auto"
-    return painter
+    return use_graphs(painter, graphs)
 
 
 def _cast(module: nn.Module, dtype: torch.dtype) -> None:

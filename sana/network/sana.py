@@ -227,9 +227,9 @@ class Sana(nn.Module):
     def _known_times(self, t: Tensor, known: Times) -> tuple[Float[Tensor, "b f d"], Float[Tensor, "b f layers 6 d"]]:
         """Rows of what `prepare_times` made; found without waiting for the device."""
         hit = known.t.to(t.dtype) == t.unsqueeze(-1)
+        found, step = hit.view(torch.uint8).max(-1)
         if t.device.type in ("cpu", "cuda", "meta"):  # elsewhere torch may lack this operator
-            torch._assert_async(hit.any(-1).all(), "Sana: a time is not among those that `prepare` was given")
-        step = hit.to(torch.uint8).argmax(-1)
+            torch._assert_async(found.all(), "Sana: a time is not among those that `prepare` was given")
         sample = torch.arange(t.shape[0], device=t.device).unsqueeze(1) if known.embedding.shape[0] > 1 else 0
         return known.embedding[sample, step], known.vectors[sample, step]
 

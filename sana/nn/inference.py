@@ -30,6 +30,20 @@ class InferenceLinear(nn.Linear):
         return _ONEDNN(x, self.weight, self.bias, "none", [], "")
 
 
+def cast_products(blocks: nn.Module, dtype: torch.dtype) -> None:
+    """Cast the linear layers of blocks, in place, to the type that a surrounding autocast to `dtype` casts them to at
+    every call: the numbers stay the same, the time and the memory of the casts are saved.
+
+    Only for blocks that use them under that autocast and without gradients. Layers of another class keep what they are,
+    as do weights of a type of their own (quantised ones).
+    """
+    for layer in blocks.modules():
+        if type(layer) in (nn.Linear, InferenceLinear):
+            for parameter in layer.parameters(recurse=False):
+                if type(parameter.data) is Tensor and parameter.dtype == torch.float32:
+                    parameter.data = parameter.data.to(dtype)
+
+
 def for_inference(network: nn.Module) -> nn.Module:
     """Replaces the linear layers of a network, in place, by `InferenceLinear` with the same parameters.
 

@@ -146,6 +146,8 @@ class Sample:
         device: "auto", or a torch device.
         kernels: "auto": Triton's where the tensors are on CUDA; "naive": plain torch; "triton": Triton's or an error.
             Images that were drawn with other kernels count as drawn.
+        graphs: "auto": CUDA graphs of the network and the autoencoder where they help, on CUDA without offload; false:
+            none. Images that were drawn with others count as drawn.
         offload: keep parts in main memory while they do not work ("model"), or even single layers ("sequential").
         precision: of the network: "auto", "bf16-mixed", "bf16-true" (weights too) or "32-true".
         dtype: of the encoders.
@@ -175,6 +177,7 @@ class Sample:
     batch_size: int
     device: str
     kernels: Literal["auto", "naive", "triton"]
+    graphs: Literal["auto", False]
     offload: Literal["none", "model", "sequential"]
     precision: str
     dtype: Dtype
@@ -212,6 +215,8 @@ class Eval:
         device: "auto", or a torch device.
         kernels: "auto": Triton's where the tensors are on CUDA; "naive": plain torch; "triton": Triton's or an error.
             Images that were drawn with other kernels count as drawn.
+        graphs: "auto": CUDA graphs of the network and the autoencoder where they help, on CUDA without offload; false:
+            none. Images that were drawn with others count as drawn.
         precision: of the network.
         weights: the averaged ("ema") or the last ("live") weights of the network.
         recipe: experiment of conf/ that weights without a run were trained like.
@@ -235,6 +240,7 @@ class Eval:
     batch_size: int
     device: str
     kernels: Literal["auto", "naive", "triton"]
+    graphs: Literal["auto", False]
     precision: Literal["auto", "bf16-mixed", "32-true"]
     weights: Literal["ema", "live"]
     recipe: str | None

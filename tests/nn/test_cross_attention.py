@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.autograd import forward_ad
 
-from sana.nn.cross_attention import CrossAttention, softmax_attention
+from sana.nn.cross_attention import CrossAttention, attention_bias, needed_mask, shared_bias, softmax_attention
 from sana.types import Grid
 
 
@@ -67,6 +67,44 @@ def test_fully_masked_caption_gives_no_nan(dtype):
     q, k, v = (torch.randn(1, 2, n, 4, dtype=dtype) for n in (3, 5, 5))
     out = softmax_attention(q, k, v, torch.zeros(1, 5, dtype=torch.bool))
     torch.testing.assert_close(out, softmax_attention(q, k, v, None), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("length", [5, 16, 33])
+def test_a_bias_made_before_gives_the_same_bits_as_its_mask(length, dtype, grad):
+    q, k, v = (torch.randn(3, 2, n, 4, dtype=dtype) for n in (3, length, length))
+    mask = torch.arange(length) < torch.tensor([[1], [length], [0]])
+    with torch.set_grad_enabled(grad):
+        bias = shared_bias(mask, dtype)
+        assert bias.dtype == (torch.bool if grad else dtype)  # with gradients the scores would be in fp32
+        assert torch.equal(softmax_attention(q, k, v, bias), softmax_attention(q, k, v, mask))
+    made = attention_bias(mask, dtype)
+    assert torch.equal(made, torch.where(mask, 0.0, -1e4).to(dtype))
+    assert made.stride()[0] % 16 == 0
+    assert torch.equal(attention_bias(made, torch.float32), made.float())
+
+
+def test_the_shared_bias_has_the_type_that_autocast_gives_the_scores():
+    mask = torch.tensor([[True, False]])
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert shared_bias(mask, torch.float32).dtype == torch.bfloat16
+    assert shared_bias(None, torch.float32) is None
+
+
+def test_off_gpus_every_mask_is_needed():
+    mask = torch.ones(2, 3, dtype=torch.bool)
+    assert needed_mask(mask) is mask
+    assert needed_mask(None) is None
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_gpus_need_no_mask_that_allows_everything():
+    mask = torch.ones(2, 3, dtype=torch.bool, device="cuda")
+    assert needed_mask(mask) is None
+    mask[1, 2] = False
+    assert needed_mask(mask) is mask
 
 
 @pytest.mark.parametrize("masked", [False, True])
