@@ -74,6 +74,12 @@ def causal_relu_linear_attention(
     return relu_attention_answer(q, seen, eps).to(v.dtype), seen[:, -1]
 
 
+def unpack(qkv: Float[Tensor, "b n three_d"], heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Views q, k and v (b, n, heads, dh) of the thirds of one buffer."""
+    q, k, v = (third.unflatten(-1, (heads, -1)) for third in qkv.chunk(3, dim=-1))
+    return q, k, v
+
+
 def _by_head(x: Tensor) -> Tensor:
     """(..., n, heads, dh) -> a copy (..., heads, n, dh) in at least fp32: one pass casts and transposes."""
     dtype = torch.promote_types(x.dtype, torch.float32)
