@@ -36,8 +36,8 @@ def convert(
 
     Args:
         module: any module; on the meta device errors are NaN and all else is as it would be.
-        make: (name, layer) -> its quantised copy, a `QuantisedLinear` unless it keeps the weight as it is; None, or `NotConverted` raised with a reason, leaves the layer as
-            it is; the layer of a 1x1 convolution is an `nn.Linear` made of it.
+        make: (name, layer) -> its quantised copy, a `QuantisedLinear` unless it keeps the weight as it is. None, or
+            `NotConverted` raised with a reason, leaves the layer alone. For a 1x1 convolution it gets an equal linear.
         kind: name of the format, for the report.
         include: patterns as of `fnmatch` of the layers to convert.
         exclude: patterns of layers to leave alone; they win over `include`.
