@@ -25,6 +25,7 @@ from sana.aspect_ratio import drawn_size
 from sana.checkpoint.record import kind_of_quant, read_quantisation
 from sana.ops.allocations import Allocations
 from sana.quant.rebuild import rebuild
+from sana.quant.report import arithmetic
 from sana.run.build import build
 from sana.run.compose import Composed
 from sana.run.dtype import check_dtypes
@@ -103,7 +104,7 @@ def make_drawing_plan(composed: Composed) -> DrawingPlan:
     text = _text(config, model)
     ratio = autoencoder.ratio
     height, width = _size(config, ratio * network.patch)
-    images = _images(composed.resolved)
+    images = images_at_once(composed.resolved)
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     parts = {"text encoder": text.bytes, "network": weight_bytes(network), "autoencoder": weight_bytes(autoencoder)}
     resident = {
@@ -111,6 +112,7 @@ def make_drawing_plan(composed: Composed) -> DrawingPlan:
         "network": _largest_at_once(network, config.offload),
         "autoencoder": _largest_at_once(autoencoder, config.offload),
     }
+    arithmetic(network, torch.device("cpu"))  # some formats try the processor out, which they cannot on fake tensors
     with fake:
         network, autoencoder = network.to_empty(device="cpu"), autoencoder.to_empty(device="cpu")
     latents = (images, autoencoder.channels, height // ratio, width // ratio)
@@ -308,7 +310,7 @@ def _size(config: DictConfig, multiple: int) -> tuple[int, int]:
         raise ConfigError(str(error)) from None
 
 
-def _images(settings: dict[str, Any]) -> int:
+def images_at_once(settings: dict[str, Any]) -> int:
     """Images per call of the network: of the prompts that are given, or one where none is."""
     if settings["prompt"] == "???":
         return min(settings["batch_size"], settings["n"] or 1)
