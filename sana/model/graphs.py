@@ -13,13 +13,12 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from sana.model.generate import Painter
 from sana.ops.choice import chosen
 from sana.types import Edits, Prepared, Times
 
@@ -237,15 +236,6 @@ class DecoderGraphs:
                 tiled = any(segment.tile for segment in plan.segments) or plan.bytes > SHARE * free
             self._large[key] = tiled or pixels > DECODED_PIXELS
         return self._large[key]
-
-
-def use_graphs(painter: Painter, graphs: Literal["auto", False]) -> Painter:
-    """Let a painter draw by graphs where it can: "auto" on CUDA with everything in place, False never."""
-    if graphs == "auto" and painter.offload is None and painter.device.type == "cuda":
-        painter.velocity = NetworkGraphs(painter.network)
-        if hasattr(painter.autoencoder, "plan"):
-            painter.pixels = DecoderGraphs(painter.autoencoder)
-    return painter
 
 
 def padded(prepared: Prepared, multiple: int = LENGTH) -> Prepared:

@@ -9,10 +9,10 @@ from torch import nn
 
 from sana.model.compile_gate import use_compiled
 from sana.model.generate import Painter
-from sana.model.graphs import use_graphs
 from sana.model.load import make_painter
 from sana.model.offload import Offload
 from sana.model.text_to_image import TextToImage
+from sana.model.use_graphs import use_graphs
 from sana.nn.inference import cast_products
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}

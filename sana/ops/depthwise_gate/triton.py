@@ -312,9 +312,7 @@ def depthwise_gate_backward(
 
 
 @depthwise_gate_backward.register_fake
-def _(
-    grad: Tensor, u: Tensor, weight: Tensor, bias: Tensor, h: int, w: int
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(grad: Tensor, u: Tensor, weight: Tensor, bias: Tensor, h: int, w: int) -> tuple[Tensor, Tensor, Tensor]:
     return u.new_empty(u.shape), weight.new_empty(weight.shape), bias.new_empty(bias.shape)
 
 
