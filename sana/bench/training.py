@@ -24,6 +24,7 @@ from sana.network.sana import Sana
 from sana.types import Condition, Grid
 
 TEXT = 300
+NAME = "training step, fused AdamW"
 
 
 @dataclass(frozen=True)
@@ -63,9 +64,9 @@ def chosen_steps(tiny: bool) -> tuple[Step, ...]:
 
 def cases(tiny: bool) -> list[Case]:
     """All rows, then the first with blocks compiled on both sides."""
-    name, steps = "training step, fused AdamW", chosen_steps(tiny)
-    found = [Case("update", name, s.text, _Update(s), 30) for s in steps]
-    return [*found, *(Case("update", name, s.text, _Update(s, True), 60, "compiled") for s in steps[:1])]
+    steps = chosen_steps(tiny)
+    found = [Case("update", NAME, s.text, _Update(s), 30) for s in steps]
+    return [*found, *(Case("update", NAME, s.text, _Update(s, True), 60, "compiled") for s in steps[:1])]
 
 
 class Trainee:
