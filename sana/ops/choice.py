@@ -15,6 +15,7 @@ from typing import Literal, cast, get_args
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 Kernels = Literal["auto", "naive", "triton"]
 
@@ -55,13 +56,13 @@ def use_triton(*tensors: Tensor | None) -> bool:
     """Whether an op shall compute these tensors with its Triton kernels; said once per op in the log.
 
     Args:
-        tensors: all that the kernels would read, None where an optional one is not given. On the meta device nothing
-            is computed, and the answer is no.
+        tensors: all that the kernels would read, None where an optional one is not given. On the meta device and for
+            fake tensors (plans of memory) nothing is computed, and the answer is no.
 
     Raises:
         ValueError: "triton" was chosen, and the kernels cannot compute these.
     """
-    if _chosen == "naive" or any(x is not None and x.is_meta for x in tensors):
+    if _chosen == "naive" or any(x is not None and (x.is_meta or isinstance(x, FakeTensor)) for x in tensors):
         answer = False
     else:
         reason = _obstacle([x for x in tensors if x is not None])

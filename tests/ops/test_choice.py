@@ -27,10 +27,18 @@ def compiled_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
 
 
-def fakes(*dtypes: torch.dtype) -> list[torch.Tensor]:
-    """Tensors that say that they are on a CUDA device; there may be none here."""
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        return [torch.empty(2, 3, dtype=dtype, device="cuda") for dtype in dtypes]
+class OnCuda(torch.Tensor):
+    """Says that it is on a CUDA device; there may be none here."""
+
+    is_cuda = property(lambda self: True)  # type: ignore[assignment]
+    device = property(lambda self: torch.device("cuda", 0))  # type: ignore[assignment]
+
+    def get_device(self) -> int:
+        return 0
+
+
+def on_cuda(*dtypes: torch.dtype) -> list[torch.Tensor]:
+    return [torch.ones(2, 3, dtype=dtype).as_subclass(OnCuda) for dtype in dtypes]
 
 
 def test_auto_is_the_start_and_naive_on_processors():
@@ -57,7 +65,7 @@ def test_auto_stays_naive_on_processors_even_where_triton_could_interpret(monkey
 def test_auto_takes_triton_for_what_it_can_read_on_cuda(monkeypatch, dtypes, answer):
     monkeypatch.setattr(choice, "_installed", lambda: True)
     monkeypatch.setattr(choice, "_capable", lambda index: True)
-    tensors = fakes(*dtypes)
+    tensors = on_cuda(*dtypes)
     assert use_triton(*tensors) is answer
     assert not use_triton(*tensors, torch.ones(2))  # one of them elsewhere
     set_kernels("naive")
@@ -68,11 +76,21 @@ def test_auto_takes_triton_for_what_it_can_read_on_cuda(monkeypatch, dtypes, ans
 def test_auto_is_naive_where_triton_cannot_run(monkeypatch, missing):
     for name in ("_installed", "_capable"):
         monkeypatch.setattr(choice, name, lambda *index, name=name: name != missing)
-    tensors = fakes(torch.float32)
+    tensors = on_cuda(torch.float32)
     assert not use_triton(*tensors)
     set_kernels("triton")
     with pytest.raises(ValueError, match=r"kernels=triton: .*triton is not installed|kernels=triton: .*8.0"):
         use_triton(*tensors)
+
+
+def test_nothing_is_launched_for_plans_of_memory(monkeypatch):
+    monkeypatch.setattr(choice, "_installed", lambda: True)
+    monkeypatch.setattr(choice, "_capable", lambda index: True)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        fake = torch.empty(2, 3, device="cuda")
+    for kernels in ("auto", "triton"):
+        set_kernels(kernels)
+        assert not use_triton(fake)
 
 
 def test_triton_raises_where_it_cannot(compiled_only, monkeypatch):
