@@ -40,12 +40,12 @@ def sample(composed: Composed) -> None:
         cast_parts(module, config.precision, dtype.autoencoder, dtype.text)
         if config.quant is not None:
             module.network = build(config.quant, "quant")(module.network)
-        painter = place_painter(module, restored.device, config.offload, dtype.autoencoder, config.graphs)
+        speed = {"bf16": restored.bf16, "graphs": config.graphs, "compile": config.compile}
+        painter = place_painter(module, restored.device, config.offload, dtype.autoencoder, **speed)
         plan = {"multiple": painter.multiple} | {key: settings[key] for key in REQUEST}
         mask = config.negative_mask or restored.training.model.get("null_mask")
         facts = restored.facts(composed) | {"negative_mask": mask, "dtype": settings["dtype"]}
-        if config.precision == "bf16-true":
-            facts["precision"] = config.precision
+        facts |= {"precision": config.precision} if config.precision == "bf16-true" else {}
         options = {"batch": config.batch_size, "negative_mask": mask, "progress": DrawProgress(), "grid": config.grid}
         options |= {"choice": choice, "preview": (folder / ".preview.png", config.preview) if config.preview else None}
         with restored.autocast():

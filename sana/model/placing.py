@@ -7,11 +7,13 @@ from typing import Literal
 import torch
 from torch import nn
 
+from sana.model.compile_gate import use_compiled
 from sana.model.generate import Painter
 from sana.model.graphs import use_graphs
 from sana.model.load import make_painter
 from sana.model.offload import Offload
 from sana.model.text_to_image import TextToImage
+from sana.nn.inference import cast_products
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -36,7 +38,10 @@ def place_painter(
     device: torch.device,
     offload: Literal["none", "model", "sequential"] = "none",
     autoencoder: str = "auto",
+    *,
+    bf16: bool = False,
     graphs: Literal["auto", False] = False,
+    compile: Literal[False, True, "auto"] = False,
 ) -> Painter:
     """A painter whose parts are on the device, or come to it when they work.
 
@@ -45,12 +50,34 @@ def place_painter(
         device: where the work is done.
         offload: see `Offload`; "none": everything is on the device.
         autoencoder: its dtype; "auto": it runs under a surrounding autocast too.
-        graphs: see `use_graphs`.
+        bf16, graphs, compile: see `hasten`.
+
+    Raises:
+        ValueError: compile with offload.
     """
     painter = make_painter(module, device if offload == "none" else "cpu")
     painter.offload = None if offload == "none" else Offload(offload, device)
     painter.autocast_decoder = autoencoder == "auto"
-    return use_graphs(painter, graphs)
+    return hasten(painter, bf16=bf16, graphs=graphs, compile=compile)
+
+
+def hasten(
+    painter: Painter, *, bf16: bool, graphs: Literal["auto", False], compile: Literal[False, True, "auto"]
+) -> Painter:
+    """Let a painter draw the same images in less time.
+
+    Args:
+        painter: with its parts in their final types and places; changed in place.
+        bf16: it draws under autocast to bf16, so the weights of its blocks are cast once instead of at every call.
+        graphs: see `use_graphs`.
+        compile: see `use_compiled`.
+
+    Raises:
+        ValueError: compile with offload.
+    """
+    if bf16:
+        cast_products(painter.network.blocks, torch.bfloat16)
+    return use_compiled(use_graphs(painter, graphs), compile)
 
 
 def _cast(module: nn.Module, dtype: torch.dtype) -> None:

@@ -148,6 +148,8 @@ class Sample:
             Images that were drawn with other kernels count as drawn.
         graphs: "auto": CUDA graphs of the network and the autoencoder where they help, on CUDA without offload; false:
             none. Images that were drawn with others count as drawn.
+        compile: compile the blocks of the network and of the decoder, which takes half a minute: false, true, or "auto"
+            for the shapes where a measurement, kept in the user's cache, says that it is faster. As `graphs`.
         offload: keep parts in main memory while they do not work ("model"), or even single layers ("sequential").
         precision: of the network: "auto", "bf16-mixed", "bf16-true" (weights too) or "32-true".
         dtype: of the encoders.
@@ -178,6 +180,7 @@ class Sample:
     device: str
     kernels: Literal["auto", "naive", "triton"]
     graphs: Literal["auto", False]
+    compile: Literal[False, True, "auto"]
     offload: Literal["none", "model", "sequential"]
     precision: str
     dtype: Dtype
@@ -217,6 +220,8 @@ class Eval:
             Images that were drawn with other kernels count as drawn.
         graphs: "auto": CUDA graphs of the network and the autoencoder where they help, on CUDA without offload; false:
             none. Images that were drawn with others count as drawn.
+        compile: compile the blocks of the network and of the decoder, which takes half a minute: false, true, or "auto"
+            for the shapes where a measurement, kept in the user's cache, says that it is faster. As `graphs`.
         precision: of the network.
         weights: the averaged ("ema") or the last ("live") weights of the network.
         recipe: experiment of conf/ that weights without a run were trained like.
@@ -241,6 +246,7 @@ class Eval:
     device: str
     kernels: Literal["auto", "naive", "triton"]
     graphs: Literal["auto", False]
+    compile: Literal[False, True, "auto"]
     precision: Literal["auto", "bf16-mixed", "32-true"]
     weights: Literal["ema", "live"]
     recipe: str | None

@@ -304,7 +304,8 @@ class DCAE(nn.Module):
             weights = sum(t.numel() * t.element_size() for t in self.state_dict().values())
             budget = None if self.max_memory_gib is None else int(self.max_memory_gib * 2**30)
             try:
-                self._plans[key] = make_plan(half.chain(), like, weights, budget, tile)
+                with torch.compiler.set_stance("force_eager"):  # compiled blocks would take fake tensors for real ones
+                    self._plans[key] = make_plan(half.chain(), like, weights, budget, tile)
             except ValueError as error:
                 raise ValueError(f"autoencoder.max_memory_gib: to {part} {tuple(like.shape)}, {error}") from None
         return self._plans[key]
