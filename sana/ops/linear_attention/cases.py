@@ -6,14 +6,14 @@ import torch
 
 from sana.ops.ahead import KernelCase
 from sana.ops.linear_attention import kernels
-from sana.ops.linear_attention.triton import plan
+from sana.ops.linear_attention.plan import plan
 
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 STRIDES = "b", "n", "h"  # multiples of 16 in published models; channels lie side by side
 
 
 def _case(function, dh: int, dtype: torch.dtype, stage: int) -> KernelCase:
-    name = function.__name__
+    name = function.fn.__name__
     shape = plan(name, 1, 4096, 70, dh, dtype)
     signature, constexprs = {}, {**shape.options(dh), "STAGE": stage}
     num_warps, num_stages = constexprs.pop("num_warps"), constexprs.pop("num_stages")
@@ -38,7 +38,6 @@ def _case(function, dh: int, dtype: torch.dtype, stage: int) -> KernelCase:
     return KernelCase(label, function, signature, constexprs, num_warps, num_stages)
 
 
-def cases() -> list[KernelCase]:
-    every = [kernels.forward, kernels.backward, kernels.derivative]
-    main = [_case(f, 32, dtype, stage) for f in every for dtype in TYPES for stage in (0, 1, 2)]
-    return main + [_case(f, dh, dtype, 0) for f in every for dtype in TYPES for dh in (16, 64, 128)]
+_EVERY = (kernels.forward, kernels.backward, kernels.derivative)
+KERNELS = [_case(function, 32, dtype, stage) for function in _EVERY for dtype in TYPES for stage in (0, 1, 2)]
+KERNELS += [_case(function, dh, dtype, 0) for function in _EVERY for dtype in TYPES for dh in (16, 64, 128)]

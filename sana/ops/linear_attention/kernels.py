@@ -40,7 +40,7 @@ def relu(x):
 
 @triton.jit
 def halves(s, TYPE: tl.constexpr):
-    """Two terms whose sum is s, for `times` with inputs of TYPE; those of bf16 keep 16 bits of it."""
+    """Two terms whose sum is s, for `times` with inputs of TYPE; those of bf16 keep 16 of its 24 bits."""
     high, low = s, s
     if TYPE == tl.bfloat16:
         high = rounded(s, TYPE)
@@ -61,16 +61,15 @@ def times(a, high, low, acc):
 
 
 @triton.jit
-def times_left(s, b, acc):
-    """acc + s' b for an fp32 s and b of the inputs' type."""
-    if b.dtype == tl.bfloat16:
-        high, low = halves(s, tl.bfloat16)
-        acc = dot(tl.trans(low), b, dot(tl.trans(high), b, acc))
-    elif b.dtype == tl.float16:
-        acc = tl.dot(tl.trans(s), b.to(tl.float32), acc, input_precision="tf32x3")
-    else:
-        acc = dot(tl.trans(s), b, acc)
-    return acc
+def columns(x, BLOCK_N: tl.constexpr):
+    """(BLOCK_N) -> 16 equal columns, the fewest that tensor cores take."""
+    return tl.broadcast_to(x[:, None], [BLOCK_N, 16])
+
+
+@triton.jit
+def column(x):
+    """The inverse of `columns`."""
+    return tl.sum(x, 1) * 0.0625
 
 
 @triton.jit
@@ -125,13 +124,14 @@ def forward(
     else:
         k += b * kb + h * kh
         v += b * vb + h * vh
-        s, z = tl.zeros([BLOCK_D, BLOCK_D], tl.float32), tl.zeros([BLOCK_D], tl.float32)
-        for start in range(first, last, BLOCK_N):
+        s, zs = tl.zeros([BLOCK_D, BLOCK_D], tl.float32), tl.zeros([BLOCK_D, 16], tl.float32)
+        for start in tl.range(first, last, BLOCK_N, num_stages=3):
             at, mask = tile(k, start, n, kn, kd, DH, BLOCK_N, BLOCK_D)
-            key = relu(tl.load(at, mask=mask, other=0.0))
+            key = tl.trans(relu(tl.load(at, mask=mask, other=0.0)).to(TYPE))
             at, mask = tile(v, start, n, vn, vd, DH, BLOCK_N, BLOCK_D)
-            s = dot(tl.trans(key.to(TYPE)), tl.load(at, mask=mask, other=0.0), s)
-            z += tl.sum(key, 0)
+            s = dot(key, tl.load(at, mask=mask, other=0.0), s)
+            zs = dot(key, tl.full([BLOCK_N, 16], 1.0, TYPE), zs)
+        z = column(zs)
     if STAGE == 1:
         store_state(partial + (split * tl.num_programs(0) + pid) * SIZE, s, z, DH, BLOCK_D)
     else:
@@ -141,7 +141,7 @@ def forward(
         q += b * qb + h * qh
         y += b * n * heads * DH + h * DH
         high, low = halves(s, TYPE)
-        for start in range(first, last, BLOCK_N):
+        for start in tl.range(first, last, BLOCK_N, num_stages=3):
             at, mask = tile(q, start, n, qn, qd, DH, BLOCK_N, BLOCK_D)
             query = relu(tl.load(at, mask=mask, other=0.0))
             numerator = times(query.to(TYPE), high, low, tl.zeros([BLOCK_N, BLOCK_D], tl.float32))
@@ -180,12 +180,18 @@ def backward(
         dq += b * db + h * DH
         seen, seen_z = load_state(state + pid * SIZE, DH, BLOCK_D)
         high, low = halves(tl.trans(seen), TYPE)
-        s, z = tl.zeros([BLOCK_D, BLOCK_D], tl.float32), tl.zeros([BLOCK_D], tl.float32)
+        s, zs = tl.zeros([BLOCK_D, BLOCK_D], tl.float32), tl.zeros([BLOCK_D, 16], tl.float32)
+        at, mask = tile(q, first, last, qn, qd, DH, BLOCK_N, BLOCK_D)
+        next_query = tl.load(at, mask=mask, other=0.0)
+        at, mask = tile(g, first, last, gn, gd, DH, BLOCK_N, BLOCK_D)
+        next_slope = tl.load(at, mask=mask, other=0.0)
         for start in range(first, last, BLOCK_N):
-            at, mask = tile(q, start, n, qn, qd, DH, BLOCK_N, BLOCK_D)
-            query = relu(tl.load(at, mask=mask, other=0.0))
-            at, mask = tile(g, start, n, gn, gd, DH, BLOCK_N, BLOCK_D)
-            slope = tl.load(at, mask=mask, other=0.0)
+            query, slope = relu(next_query), next_slope
+            # Fetched ahead by hand: the compiler does not, where a tile is used in several layouts.
+            at, mask = tile(q, start + BLOCK_N, last, qn, qd, DH, BLOCK_N, BLOCK_D)
+            next_query = tl.load(at, mask=mask, other=0.0)
+            at, mask = tile(g, start + BLOCK_N, last, gn, gd, DH, BLOCK_N, BLOCK_D)
+            next_slope = tl.load(at, mask=mask, other=0.0)
             scale = 1.0 / (tl.sum(query * seen_z[None, :], 1) + eps)
             scale = tl.where(start + tl.arange(0, BLOCK_N) < n, scale, 0.0)  # of no token, 1 / eps
             change = times(slope, high, low, tl.zeros([BLOCK_N, BLOCK_D], tl.float32))
@@ -193,8 +199,12 @@ def backward(
             change = scale[:, None] * change + turn[:, None] * seen_z[None, :]
             at, mask = tile(dq, start, n, dn, 1, DH, BLOCK_N, BLOCK_D)
             tl.store(at, rounded(tl.where(query == 0, 0.0, change), dq.dtype.element_ty), mask=mask)
-            s = times_left(query * scale[:, None], slope, s)
-            z += tl.sum(query * turn[:, None], 0)
+            query = tl.trans(query.to(TYPE))
+            more_high, more_low = halves(slope.to(tl.float32) * scale[:, None], TYPE)
+            s = times(query, more_high, more_low, s)
+            more_high, more_low = halves(columns(turn, BLOCK_N), TYPE)
+            zs = times(query, more_high, more_low, zs)
+        z = column(zs)
     if STAGE == 1:
         store_state(partial + (split * tl.num_programs(0) + pid) * SIZE, s, z, DH, BLOCK_D)
     else:
@@ -204,7 +214,7 @@ def backward(
         dv += b * db + h * DH
         high, low = halves(s, TYPE)
         turned_high, turned_low = tl.trans(high), tl.trans(low)
-        for start in range(first, last, BLOCK_N):
+        for start in tl.range(first, last, BLOCK_N, num_stages=3):
             at, mask = tile(k, start, n, kn, kd, DH, BLOCK_N, BLOCK_D)
             key = relu(tl.load(at, mask=mask, other=0.0))
             at, mask = tile(v, start, n, vn, vd, DH, BLOCK_N, BLOCK_D)
@@ -247,9 +257,10 @@ def derivative(
         v += b * vb + h * vh
         tk += b * tkb + h * tkh
         tv += b * tvb + h * tvh
-        s, z = tl.zeros([BLOCK_D, BLOCK_D], tl.float32), tl.zeros([BLOCK_D], tl.float32)
-        ts, tz = tl.zeros([BLOCK_D, BLOCK_D], tl.float32), tl.zeros([BLOCK_D], tl.float32)
-        for start in range(first, last, BLOCK_N):
+        s, zs = tl.zeros([BLOCK_D, BLOCK_D], tl.float32), tl.zeros([BLOCK_D, 16], tl.float32)
+        ts, tzs = tl.zeros([BLOCK_D, BLOCK_D], tl.float32), tl.zeros([BLOCK_D, 16], tl.float32)
+        ones = tl.full([BLOCK_N, 16], 1.0, TYPE)
+        for start in tl.range(first, last, BLOCK_N, num_stages=3):
             at, mask = tile(k, start, n, kn, kd, DH, BLOCK_N, BLOCK_D)
             key = relu(tl.load(at, mask=mask, other=0.0))
             at, mask = tile(tk, start, n, tkn, tkd, DH, BLOCK_N, BLOCK_D)
@@ -257,11 +268,11 @@ def derivative(
             at, mask = tile(v, start, n, vn, vd, DH, BLOCK_N, BLOCK_D)
             value = tl.load(at, mask=mask, other=0.0)
             at, mask = tile(tv, start, n, tvn, tvd, DH, BLOCK_N, BLOCK_D)
-            s = dot(tl.trans(key.to(TYPE)), value, s)
-            ts = dot(tl.trans(turn.to(TYPE)), value, ts)
-            ts = dot(tl.trans(key.to(TYPE)), tl.load(at, mask=mask, other=0.0), ts)
-            z += tl.sum(key, 0)
-            tz += tl.sum(turn, 0)
+            key, turn = tl.trans(key.to(TYPE)), tl.trans(turn.to(TYPE))
+            s, zs = dot(key, value, s), dot(key, ones, zs)
+            ts, tzs = dot(turn, value, ts), dot(turn, ones, tzs)
+            ts = dot(key, tl.load(at, mask=mask, other=0.0), ts)
+        z, tz = column(zs), column(tzs)
     if STAGE == 1:
         at = partial + 2 * (split * tl.num_programs(0) + pid) * SIZE
         store_state(at, s, z, DH, BLOCK_D)
@@ -273,7 +284,7 @@ def derivative(
         ty += b * n * heads * DH + h * DH
         high, low = halves(s, TYPE)
         turned_high, turned_low = halves(ts, TYPE)
-        for start in range(first, last, BLOCK_N):
+        for start in tl.range(first, last, BLOCK_N, num_stages=3):
             at, mask = tile(q, start, n, qn, qd, DH, BLOCK_N, BLOCK_D)
             query = relu(tl.load(at, mask=mask, other=0.0))
             at, mask = tile(tq, start, n, tqn, tqd, DH, BLOCK_N, BLOCK_D)
