@@ -1,5 +1,5 @@
-"""One thread per test process: the suite runs one process per core, and small tensors gain nothing from more. And a
-model that several packages test with."""
+"""One thread per test process: the suite runs one process per core, and small tensors gain nothing from more. Kernels
+are interpreted where there is no card. And a model that several packages test with."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # also for the processes that tes
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports a kernel
 
 torch.set_num_threads(1)
 
