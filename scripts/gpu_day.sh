@@ -41,14 +41,8 @@ ready() {
     if command -v nvidia-smi >/dev/null; then
         nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader | tee "$out/card.txt"
     fi
-    cores=$(nproc)
-}
-
-# pin FROM TO COMMAND...: on those cores, if the machine has so many; what is timed has the first to itself.
-pin() {
-    local from=$1 to=$2
-    shift 2
-    if [ "$cores" -ge 12 ]; then taskset -c "$from-$to" "$@"; else "$@"; fi
+    first=() tests=() others=() # what is timed has cores of its own, if the machine has enough of them
+    if [ "$(nproc)" -ge 12 ]; then first=(taskset -c 0-3) tests=(taskset -c 4-7) others=(taskset -c 8-15); fi
 }
 
 # rows STAGE SECONDS [OPTION...]: once more whenever a kernel has broken the device for the process.
@@ -58,7 +52,7 @@ rows() {
     while [ "$code" -eq 3 ]; do
         left=$((seconds - (SECONDS - start)))
         # shellcheck disable=SC2086
-        pin 0 3 timeout -k 5 $((left + 45)) "$python" scripts/bench.py "$what" --seconds "$left" \
+        "${first[@]}" timeout -k 5 $((left + 45)) "$python" scripts/bench.py "$what" --seconds "$left" \
             --json "$out/rows.json" --plot "$out/ratios.png" "$@" ${BENCH:-} 2> >(tee -a "$out/log.txt" >&2) | tee "$out/table.txt"
         code=$?
     done
@@ -66,7 +60,7 @@ rows() {
 }
 
 kernel_tests() {
-    pin 4 7 timeout -k 2 "$1" "$python" -m pytest -q -p no:cacheprovider -n "$2" -m "not long and not slow" \
+    "${tests[@]}" timeout -k 2 "$1" "$python" -m pytest -q -p no:cacheprovider -n "$2" -m "not long and not slow" \
         tests/ops --ignore tests/ops/test_random.py --ignore tests/ops/test_resize.py >"$out/kernel_tests.txt" 2>&1
 }
 
@@ -75,13 +69,13 @@ wheels) wheels ;;
 day)
     seconds=${2:-280}
     ready
-    kernel_tests 55 4 &
+    kernel_tests 60 4 &
     checks=$!
-    pin 8 15 timeout "$seconds" "$python" scripts/bench.py warm ${BENCH:-} >"$out/warm.txt" 2>&1 &
+    "${others[@]}" timeout "$seconds" "$python" scripts/bench.py warm ${BENCH:-} >"$out/warm.txt" 2>&1 &
     warm=$!
-    rows day $((seconds - SECONDS)) --wait $checks
-    wait $checks
-    kill $warm 2>/dev/null
+    rows day $((seconds - SECONDS)) --wait "$checks"
+    wait "$checks"
+    kill "$warm" 2>/dev/null
     echo "kernel tests: $(tail -n 1 "$out/kernel_tests.txt")"
     grep -E "^(FAILED|ERROR)" "$out/kernel_tests.txt" | cut -c 1-200 | head -20
     ;;

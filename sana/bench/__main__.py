@@ -6,14 +6,18 @@ import argparse
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from typing import Any
 
 COMMANDS = {
     "sample": "drawing, against diffusers' SanaPipeline",
     "optimizer": "step time and state bytes of optimizers",
     "saving": "what a checkpoint costs the training that goes on",
     "frechet": "of statistics, against clean-fid and torchmetrics",
+    "blocks": "blocks on CPUs, against diffusers' blocks",
+    "predicted": "the roofline of all rows, and what was measured",
     "warm": "compile what the rows with compiled peers will ask for",
 }
+MODULES = {"predicted": "forecast", "blocks": "layers"}
 ROWS = {
     "operators": "each op, against torch eager and compiled",
     "models": "a forward of the denoiser, against diffusers",
@@ -35,11 +39,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, text in (COMMANDS | ROWS).items():
         one = commands.add_parser(name, help=text)
         if given[:1] == [name]:
-            import_module(f"sana.bench.{name if name in COMMANDS else 'run'}").add_arguments(one)
+            _module(name).add_arguments(one)
     options = parser.parse_args(given)
     if options.command in ROWS:
-        return import_module("sana.bench.run").run(options.command, options)
-    return import_module(f"sana.bench.{options.command}").run(options)
+        return _module(options.command).run(options.command, options)
+    return _module(options.command).run(options)
+
+
+def _module(command: str) -> Any:
+    return import_module("sana.bench." + ("run" if command in ROWS else MODULES.get(command, command)))
 
 
 if __name__ == "__main__":

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sana.bench.counts import decoder_kernels, floor, predicted
-from sana.bench.measure import Bench, Case, captured, exact, measure, one_line, relative, wide
+from sana.bench.counts import decoder_kernels
+from sana.bench.measure import Bench, Case, captured, exact, measure, one_line, relative, set_floors, wide
 from sana.bench.parts import SIZES, made, our_autoencoder, their_autoencoder
 from sana.bench.rows import Row
 from sana.encoder.autoencoder.dc_ae import DCAE
@@ -93,8 +93,7 @@ class _Decode:
     def __call__(self, bench: Bench, row: Row) -> None:
         both, picture = decoders(bench, self.picture.size), self.picture
         z = both.latent(picture)
-        kernels = decoder_kernels(both.size, picture.px, picture.batch, bench.dtype.itemsize)
-        row.floor_ms, row.predicted_ms = floor(kernels) * 1e3, predicted(kernels) * 1e3
+        set_floors(row, lambda: decoder_kernels(both.size, picture.px, picture.batch, bench.dtype.itemsize))
         row.bars |= dict(picture.bars)
         ours, theirs = both.run_ours(z), both.run_theirs(z)
         with exact():

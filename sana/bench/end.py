@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from sana.bench.counts import decoder_kernels, floor, network_kernels, predicted, text_kernels
-from sana.bench.measure import Bench, Case, measure, once
+from sana.bench.counts import Kernel, decoder_kernels, network_kernels, text_kernels
+from sana.bench.measure import Bench, Case, measure, once, set_floors
 from sana.bench.parts import SIZES
 from sana.bench.rows import Row
 from sana.bench.sides import Work, make_both
@@ -52,14 +52,14 @@ def _name(drawing: Drawing) -> str:
     return "one step" if drawing.steps == 1 else f"{drawing.steps} steps, guided"
 
 
-def drawing_kernels(drawing: Drawing, itemsize: int) -> list[list[Any]]:
-    """Kernels of text, denoiser and decoder."""
+def drawing_kernels(drawing: Drawing, itemsize: int) -> list[Kernel]:
+    """Of text encoder, denoiser and decoder."""
     size, tokens = SIZES[drawing.size], (drawing.px // 32) ** 2
     rows = 1 if size.guidance else 2
     first = network_kernels(size, tokens, TOKENS, rows, itemsize)
     steps = [network_kernels(size, tokens, TOKENS, rows, itemsize, reuse=True)] * (drawing.steps - 1)
-    denoiser = [*first, *(kernel for step in steps for kernel in step)]
-    return [text_kernels(drawing.layers, TOKENS, 1, itemsize), denoiser, decoder_kernels(size, drawing.px, 1, itemsize)]
+    text, decoder = text_kernels(drawing.layers, TOKENS, 1, itemsize), decoder_kernels(size, drawing.px, 1, itemsize)
+    return [*text, *first, *(kernel for step in steps for kernel in step), *decoder]
 
 
 class _Draw:
@@ -69,8 +69,7 @@ class _Draw:
     def __call__(self, bench: Bench, row: Row) -> None:
         drawing = self.drawing
         bench.drop()
-        parts = drawing_kernels(drawing, bench.dtype.itemsize)
-        row.floor_ms, row.predicted_ms = (1e3 * sum(f(part) for part in parts) for f in (floor, predicted))
+        set_floors(row, lambda: drawing_kernels(drawing, bench.dtype.itemsize))
         row.bars |= dict(drawing.bars)
         work = Work(drawing.size, drawing.px, drawing.steps, 1, drawing.layers, bench.dtype, bench.device)
         ours, theirs = make_both(work, watched=False)

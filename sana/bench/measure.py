@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -12,10 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sana.bench.counts import Kernel, floor, predicted
 from sana.bench.roofline import wait
 from sana.bench.rows import Book, Row
 
 REPEATS = 9
+GRACE = 8.0  # seconds after the deadline in which a row may still end
 Run = Callable[[], Any]
 
 
@@ -90,6 +94,8 @@ def say(text: str) -> None:
 def attempt(case: Case, bench: Bench) -> None:
     """Make a row, or say in it why there is none; rows that the book has are left as they are.
 
+    A row that still works some seconds after the deadline is broken off.
+
     Raises:
         BrokenDeviceError: the device takes no more work, so the process has to be started again.
     """
@@ -105,7 +111,8 @@ def attempt(case: Case, bench: Bench) -> None:
     row.failed[case.part] = "the process ended in it"  # if it does
     bench.book.put(row)
     try:
-        case.run(bench, row)
+        with _deadline(bench.left + GRACE):
+            case.run(bench, row)
         del row.failed[case.part]
     except Exception as error:  # whatever it is, the next row does not suffer
         row.failed[case.part] = one_line(error)
@@ -114,6 +121,29 @@ def attempt(case: Case, bench: Bench) -> None:
     why = "; ".join(f"{side}: {text}" for side, text in row.failed.items())
     say(f"{row.key}: {times or 'nothing'} ms ({time.monotonic() - start:.1f} s) {why}")
     check_device(bench.device)
+
+
+class OutOfTimeError(RuntimeError):
+    """The time of the whole run is over."""
+
+
+@contextlib.contextmanager
+def _deadline(seconds: float) -> Iterator[None]:
+    """Raise `OutOfTimeError` here once so many seconds have passed."""
+    if seconds == float("inf") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def late(*_: Any) -> None:
+        raise OutOfTimeError("broken off at the end of the time")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, max(seconds, 0.1))
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 class BrokenDeviceError(RuntimeError):
@@ -183,6 +213,15 @@ def once(run: Run, inner: int, device: torch.device) -> float:
     end.record()
     end.synchronize()
     return begin.elapsed_time(end) / inner
+
+
+def set_floors(row: Row, count: Callable[[], list[Kernel]]) -> None:
+    """The roofline's figures of a row, from the kernels that its work consists of."""
+    try:
+        kernels = count()
+        row.floor_ms, row.predicted_ms = floor(kernels) * 1e3, predicted(kernels) * 1e3
+    except Exception as error:  # a time without a floor is better than none
+        row.failed["floor"] = one_line(error)
 
 
 def relative(out: Tensor, reference: Tensor) -> float:

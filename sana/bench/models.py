@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sana.bench.counts import floor, network_kernels, predicted
-from sana.bench.measure import Bench, Case, captured, exact, measure, relative, say, wide
+from sana.bench.counts import network_kernels
+from sana.bench.measure import Bench, Case, captured, exact, measure, relative, say, set_floors, wide
 from sana.bench.parts import SIZES, made, our_network, their_network
 from sana.bench.peers import compile_blocks
 from sana.bench.rows import Row
 from sana.network.sana import Sana
 from sana.nn.inference import for_inference
 from sana.ops.choice import set_kernels
-from sana.types import Condition
+from sana.types import Condition, Grid
 
 TEXT = 300  # tokens; a fifth of them masked, so that the mask has work to do
 
@@ -31,7 +31,6 @@ class Shape:
     px: int
     batch: int
     bars: tuple[tuple[str, float], ...] = ()
-    tiny: bool = False
 
     @property
     def text(self) -> str:
@@ -39,9 +38,9 @@ class Shape:
         return f"{self.size} {self.px}px b{self.batch}"
 
     @property
-    def tokens(self) -> int:
-        """Per sample."""
-        return (self.px // 32) ** 2
+    def grid(self) -> Grid:
+        """In tokens."""
+        return Grid(1, self.px // 32, self.px // 32)
 
 
 SHAPES = (
@@ -130,8 +129,8 @@ class _Forward:
     def __call__(self, bench: Bench, row: Row) -> None:
         shape, both = self.shape, pair(bench, self.shape.size, self.shape.px)
         given = both.inputs(shape)
-        kernels = network_kernels(both.size, shape.tokens, TEXT, shape.batch, bench.dtype.itemsize, self.reuse)
-        row.floor_ms, row.predicted_ms = floor(kernels) * 1e3, predicted(kernels) * 1e3
+        itemsize = bench.dtype.itemsize
+        set_floors(row, lambda: network_kernels(both.size, shape.grid.tokens, TEXT, shape.batch, itemsize, self.reuse))
         row.bars |= {} if self.reuse else dict(shape.bars)
         ours, theirs = both.run_ours(given, self.reuse), both.run_theirs(given)
         name = f"wide {shape.size}"
@@ -159,7 +158,7 @@ class _Forward:
         row.ratio.pop("ours without a graph", None)
         if without is not None:
             row.facts["ours_without_graph_ms"] = without["median"]
-        operations = shape.batch * both.ours.flops(_grid(shape), TEXT)
+        operations = shape.batch * both.ours.flops(shape.grid, TEXT)
         row.facts["tflops"] = operations / row.ms["ours"]["median"] / 1e9
 
 
@@ -172,7 +171,6 @@ class _Compiled:
     def __call__(self, bench: Bench, row: Row) -> None:
         both = pair(bench, self.shape.size, self.shape.px)
         given = both.inputs(self.shape)
-        compiled = copy.copy(both.theirs)
         compiled = copy.deepcopy(both.theirs)
         compile_blocks(compiled.transformer_blocks)
         fast = both.run_theirs(given, compiled)
@@ -181,9 +179,3 @@ class _Compiled:
         measure(bench, again, {"ours": captured(both.run_ours(given), bench.device), "compiled": fast})
         row.ms["compiled"], row.ratio["compiled"] = again.ms["compiled"], again.ratio["compiled"]
         say(f"  ours beside it {again.ms['ours']['median']:.3f} ms")
-
-
-def _grid(shape: Shape) -> Any:
-    from sana.types import Grid
-
-    return Grid(1, shape.px // 32, shape.px // 32)

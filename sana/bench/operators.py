@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sana.bench import peers
-from sana.bench.counts import H200
+from sana.bench.counts import H200, LAUNCH
 from sana.bench.measure import Bench, Case, captured, measure, relative
 from sana.bench.rows import Row
 
@@ -86,6 +86,14 @@ class _Op:
         """The peer's result as ours is; differentiable."""
         return out
 
+    def forecast(self, bench: Bench, row: Row) -> None:
+        """Floor: inputs read and the result written once, twice as much backwards. Predicted: and the launches."""
+        backward = self.way == "fwd+bwd"
+        moved = self.values(self.inputs(bench)) * bench.dtype.itemsize * (3 if backward else 1)
+        row.floor_ms = moved / H200.bytes * 1e3
+        row.predicted_ms = row.floor_ms + LAUNCH * 1e3 * (5 if backward else 2)
+        row.bars |= self.bars
+
     def __call__(self, bench: Bench, row: Row) -> None:
         inputs, backward = self.inputs(bench), self.way == "fwd+bwd"
         ours, naive, peer = self.forms()
@@ -103,9 +111,7 @@ class _Op:
         forms = {"ours": ours, "naive": naive, "eager": lambda *x: self.back(peer(*self.theirs(x)))}
         for side, form in forms.items():
             row.error[side] = _worst(_results(form, inputs, gradient, backward), expected)
-        moved = self.values(inputs) * bench.dtype.itemsize * (3 if backward else 1)
-        row.floor_ms = row.predicted_ms = moved / H200.bytes * 1e3
-        row.bars |= self.bars
+        self.forecast(bench, row)
         sides |= {"eager": run(peer, given, other), "naive": run(naive, inputs, gradient)}
         measure(bench, row, sides, inner=inner)
         if bench.device.type == "cuda" and not backward:

@@ -6,6 +6,7 @@ import argparse
 import logging
 import os
 import platform
+import signal
 import sys
 import time
 from datetime import datetime
@@ -32,16 +33,11 @@ BROKEN = 3
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """What is measured, and where."""
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of a stage."""
     parser.add_argument("--size", choices=["published", "tiny"], default="published", help="tiny: to try the command")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of all weights")
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of a stage."""
-    add_options(parser)
     parser.add_argument("--kernels", choices=["auto", "naive", "triton"], default="auto", help="of our side")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="after which nothing new starts")
     parser.add_argument("--only", nargs="+", default=[], help="words that a row's name or shape must have, one of them")
@@ -71,14 +67,18 @@ def run(stage: str, options: argparse.Namespace) -> int:
     chosen = [case for case in chosen if _asked(case, options)]
     _wait(options.wait, bench)
     code = 0
+    signal.signal(signal.SIGTERM, _stop)
     try:
         for case in chosen:
             attempt(case, bench)
     except BrokenDeviceError as error:
         say(f"the device takes no more work: {error}")
         code = BROKEN
+    except KeyboardInterrupt:
+        say("stopped")
+        code = 130
     print(table(book.rows.values()))
-    if options.plot is not None and code == 0:
+    if options.plot is not None and code != BROKEN:
         try:
             plot(book.rows.values(), options.plot)
         except Exception as error:  # the numbers are there without it
@@ -90,7 +90,8 @@ def day(tiny: bool) -> list[Case]:
     """All that there is, what is most wanted first, compiled peers last."""
     network, attention, pictures = models.cases(tiny), operators.attention_cases(tiny), decoding.cases(tiny)
     drawings, steps = end.cases(tiny), training.cases(tiny)
-    ordered = [*network[:3], *attention[:2], pictures[0], *drawings, steps[0], *network, *attention]
+    plain = [case for case in network if case.name == "forward" and case.part != "compiled"]
+    ordered = [*plain[:3], *attention[:2], pictures[0], *drawings, steps[0], *network, *attention]
     ordered += [*pictures, *operators.other_cases(tiny), *steps]
     late = [case for case in ordered if case.part == "compiled"]
     return list(dict.fromkeys([*(case for case in ordered if case.part != "compiled"), *late]))
@@ -110,6 +111,10 @@ def about(device: torch.device) -> dict[str, Any]:
         "versions": {name: installed(name) for name in ("torch", "triton", "diffusers", "transformers")},
         "threads": torch.get_num_threads(),
     }
+
+
+def _stop(*_: Any) -> None:
+    raise KeyboardInterrupt
 
 
 def _asked(case: Case, options: argparse.Namespace) -> bool:

@@ -22,6 +22,7 @@ from sana.encoder.autoencoder.dc_ae import DCAE
 from sana.encoder.text.gemma import GemmaEncoder
 from sana.flow.grid import dpm_grid, few_step_grid
 from sana.model.generate import NOISE_SEED, Painter
+from sana.model.graphs import use_graphs
 from sana.network.sana import Sana
 from sana.nn.inference import for_inference
 from sana.ops.random import normal
@@ -111,7 +112,7 @@ class Ours(Side):
     """Prompts to pixels by `Painter`; with few steps where the network embeds the guidance.
 
     Args:
-        watched: whether stages are timed and results kept, which recorded graphs cannot bear.
+        watched: time the stages and keep the results, as recorded graphs cannot; else draw by graphs where they help.
     """
 
     def __init__(
@@ -132,6 +133,8 @@ class Ours(Side):
             return encoder.null(*condition.text.shape[:2])
 
         self.painter = Painter(network, autoencoder, encoder, null_like)
+        if not watched:
+            use_graphs(self.painter, "auto")
 
     def draw(self, prompts: list[str], seed: int, steps: int | None = None) -> Any:
         """As `Side.draw`; the images, uint8."""
@@ -160,7 +163,8 @@ class Theirs(Side):
         model, tokenizer = text
         parts = tokenizer, model, autoencoder.eval(), network.eval()
         if SIZES[work.size].guidance:
-            self.pipeline: Any = SanaSprintPipeline(*parts, SCMScheduler())
+            scheduler: Any = SCMScheduler()
+            self.pipeline: Any = SanaSprintPipeline(*parts, scheduler)
             self.more: dict[str, Any] = {"intermediate_timesteps": 1.3 if work.steps == 2 else None}
         else:
             scheduler = DPMSolverMultistepScheduler(

@@ -15,14 +15,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sana.bench.counts import PEAK, Kernel, backward_kernels, floor, network_kernels, predicted
-from sana.bench.measure import Bench, Case, measure, relative
+from sana.bench.counts import PEAK, Kernel, backward_kernels, network_kernels
+from sana.bench.measure import Bench, Case, measure, relative, set_floors
 from sana.bench.parts import SIZES, made, our_network, their_network
 from sana.bench.peers import compile_blocks
 from sana.bench.rows import Row
+from sana.network.sana import Sana
 from sana.types import Condition, Grid
 
 TEXT = 300
+NAME = "training step, fused AdamW"
 
 
 @dataclass(frozen=True)
@@ -62,9 +64,9 @@ def chosen_steps(tiny: bool) -> tuple[Step, ...]:
 
 def cases(tiny: bool) -> list[Case]:
     """All rows, then the first with blocks compiled on both sides."""
-    name, steps = "training step, fused AdamW", chosen_steps(tiny)
-    found = [Case("update", name, s.text, _Update(s), 30) for s in steps]
-    return [*found, *(Case("update", name, s.text, _Update(s, True), 60, "compiled") for s in steps[:1])]
+    steps = chosen_steps(tiny)
+    found = [Case("update", NAME, s.text, _Update(s), 30) for s in steps]
+    return [*found, *(Case("update", NAME, s.text, _Update(s, True), 60, "compiled") for s in steps[:1])]
 
 
 class Trainee:
@@ -137,11 +139,20 @@ def make_theirs(bench: Bench, step: Step, given: dict[str, Tensor], compiled: bo
     return Trainee(network, run, bench, given)
 
 
-def step_kernels(size: str, tokens: int, b: int) -> list[Kernel]:
+def step_kernels(step: Step) -> list[Kernel]:
     """Forward, backward, weights cast to bf16 (6 bytes each), AdamW (28 bytes each)."""
-    forward = network_kernels(SIZES[size], tokens, TEXT, b, 2)
-    count = sum(p.numel() for p in our_network(SIZES[size], 1024, torch.float32, torch.device("meta")).parameters())
+    forward = network_kernels(SIZES[step.size], step.grid.tokens, TEXT, step.batch, 2)
+    count = sum(p.numel() for p in _shape_of(step).parameters())
     return [*forward, *backward_kernels(forward), Kernel("cast", 0, 6.0 * count), Kernel("AdamW", 0, 28.0 * count)]
+
+
+def operations(step: Step) -> int:
+    """Of one update."""
+    return 3 * step.batch * _shape_of(step).flops(step.grid, TEXT)
+
+
+def _shape_of(step: Step) -> Sana:
+    return our_network(SIZES[step.size], step.px, torch.float32, torch.device("meta"))
 
 
 class _Update:
@@ -157,8 +168,7 @@ class _Update:
         sides = {"theirs": make_theirs(bench, step, given, self.compiled)}
         sides["ours"] = make_ours(bench, step, given, self.compiled)
         sides["ours"].module.load_state_dict(sana_from_diffusers(sides["theirs"].module.state_dict()))
-        kernels = step_kernels(step.size, step.grid.tokens, step.batch)
-        row.floor_ms, row.predicted_ms = floor(kernels) * 1e3, predicted(kernels) * 1e3
+        set_floors(row, lambda: step_kernels(step))
         row.bars |= dict(step.bars)
         if not self.compiled:
             with torch.no_grad():
@@ -191,8 +201,7 @@ class _Update:
         mine = [row.ms[name]["median"] for name in ("ours", "ours compiled") if name in row.ms]
         if not mine:
             return
-        network = our_network(SIZES[self.step.size], self.step.px, torch.float32, torch.device("meta"))
-        operations = 3 * self.step.batch * network.flops(self.step.grid, TEXT)
-        row.facts["mfu"] = operations / (min(mine) * 1e-3) / PEAK
-        row.facts["tflop"] = operations / 1e12
+        count = operations(self.step)
+        row.facts["mfu"] = count / (min(mine) * 1e-3) / PEAK
+        row.facts["tflop"] = count / 1e12
         row.ratio = {peer: row.ms[peer]["median"] / min(mine) for peer in ("eager", "compiled") if peer in row.ms}

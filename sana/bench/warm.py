@@ -16,12 +16,7 @@ from sana.bench import decoding, models, operators, parts, training
 from sana.bench.measure import Bench, one_line, say
 from sana.bench.peers import compile_blocks
 from sana.bench.rows import Book, Row
-from sana.bench.run import DTYPES, add_options
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Those of a stage."""
-    add_options(parser)
+from sana.bench.run import DTYPES, add_arguments  # noqa: F401  (the same options, so that one command line serves both)
 
 
 def run(options: argparse.Namespace) -> int:

@@ -145,6 +145,8 @@ class Graphs:
         if places != self._places:
             self.kept.clear()
             self._places = places
+            if not self._any_device:
+                self._capture = None  # a pool of memory ends with its last graph
 
     def _addresses(self) -> list[tuple[int, int]]:
         held = (*self.module.parameters(), *self.module.buffers())

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from sana.nn.linear import Linear
-from sana.nn.norm import gated_residual, modulated_layer_norm
+from sana.ops.adaln.op import gated_residual, modulated_layer_norm, residual_modulated_layer_norm
 from sana.types import Context, Grid, State
 
 
@@ -146,9 +146,9 @@ class Block(nn.Module):
             k, v = self.cross.keys_values(text)
         else:
             raise ValueError("Block: neither text nor text_kv is given")
-        x = x + self.cross(x, k, v, ctx.mask)
+        x, y = residual_modulated_layer_norm(x, self.cross(x, k, v, ctx.mask), shift2, scale2)
 
-        y, ffn_state = self.ffn.step(modulated_layer_norm(x, shift2, scale2), ctx, ffn_state)
+        y, ffn_state = self.ffn.step(y, ctx, ffn_state)
         x = gated_residual(x, gate2, y)
         if residual is not None:
             x = x + residual

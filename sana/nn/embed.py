@@ -10,7 +10,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from sana.nn.linear import Linear
-from sana.nn.norm import RMSNorm, modulated_layer_norm
+from sana.nn.norm import RMSNorm
+from sana.ops.adaln.op import modulated_layer_norm
 from sana.types import Grid
 
 

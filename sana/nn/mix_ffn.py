@@ -2,19 +2,34 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from sana.nn.linear import Linear
+from sana.ops.depthwise_gate.op import depthwise_gate
 from sana.types import Context, Grid, State
+
+
+class DepthwiseGate(nn.Conv2d):
+    """SiLU, 3x3 depthwise convolution and gate as one module, with the parameters of that convolution.
+
+    Args:
+        hidden: c, channels of the result; the convolution has twice as many.
+    """
+
+    def __init__(self, hidden: int):
+        super().__init__(2 * hidden, 2 * hidden, 3, padding=1, groups=2 * hidden)
+
+    def forward(self, u: Float[Tensor, "b n c2"], h: int, w: int) -> Float[Tensor, "b n c"]:
+        """From images of n = h w tokens."""
+        assert self.bias is not None
+        return depthwise_gate(u, self.weight, self.bias, h, w)
 
 
 class MixFFN(nn.Module):
     """1x1 expansion, SiLU, 3x3 depthwise convolution within each frame, gate, 1x1 projection (SANA, section 2.2).
 
-    The 1x1 convolutions are linears over tokens. Tokens are already channels-last images, so the depthwise
-    convolution sees them as a view; on CPUs it is some twenty times slower in the channels-first layout.
+    The 1x1 convolutions are linears over tokens; what lies between them is one op, `depthwise_gate`.
 
     Args:
         width: d.
@@ -27,7 +42,7 @@ class MixFFN(nn.Module):
         hidden = int(ratio * width)
         self.width, self.hidden = width, hidden
         self.inverted = linear(width, 2 * hidden)
-        self.depthwise = nn.Conv2d(2 * hidden, 2 * hidden, 3, padding=1, groups=2 * hidden)
+        self.depthwise = DepthwiseGate(hidden)
         self.point = linear(hidden, width, bias=False)
 
     def init_state(self, x: Float[Tensor, "b n d"]) -> State:
@@ -40,9 +55,8 @@ class MixFFN(nn.Module):
 
     def forward(self, x: Float[Tensor, "b n d"], ctx: Context) -> Float[Tensor, "b n d"]:
         h, w = ctx.grid.h, ctx.grid.w
-        image = F.silu(self.inverted(x)).view(-1, h, w, 2 * self.hidden).permute(0, 3, 1, 2)
-        value, gate = self.depthwise(image).permute(0, 2, 3, 1).view(*x.shape[:2], -1).chunk(2, dim=-1)
-        return self.point(value * F.silu(gate))
+        u = self.inverted(x).view(-1, h * w, 2 * self.hidden)
+        return self.point(self.depthwise(u, h, w).view(*x.shape[:2], self.hidden))
 
     def flops(self, grid: Grid, text_tokens: int) -> int:
         """Floating-point operations of one sample's forward."""

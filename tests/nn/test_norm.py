@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sana.nn.norm import RMSNorm, gated_residual, modulated_layer_norm
+from sana.nn.norm import RMSNorm
+from sana.ops.adaln.op import gated_residual, modulated_layer_norm
 
 
 @pytest.mark.parametrize("seed", [0, 1])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -27,10 +26,18 @@ def compiled_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
 
 
-def fakes(*dtypes: torch.dtype) -> list[torch.Tensor]:
-    """Tensors that say that they are on a CUDA device; there may be none here."""
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        return [torch.empty(2, 3, dtype=dtype, device="cuda") for dtype in dtypes]
+class OnCuda(torch.Tensor):
+    """Says that it is on a CUDA device; there may be none here."""
+
+    is_cuda = property(lambda self: True)  # type: ignore[assignment]
+    device = property(lambda self: torch.device("cuda", 0))  # type: ignore[assignment]
+
+    def get_device(self) -> int:
+        return 0
+
+
+def on_cuda(*dtypes: torch.dtype) -> list[torch.Tensor]:
+    return [torch.ones(2, 3, dtype=dtype).as_subclass(OnCuda) for dtype in dtypes]
 
 
 def test_auto_is_the_start_and_naive_on_processors():
@@ -57,7 +64,7 @@ def test_auto_stays_naive_on_processors_even_where_triton_could_interpret(monkey
 def test_auto_takes_triton_for_what_it_can_read_on_cuda(monkeypatch, dtypes, answer):
     monkeypatch.setattr(choice, "_installed", lambda: True)
     monkeypatch.setattr(choice, "_capable", lambda index: True)
-    tensors = fakes(*dtypes)
+    tensors = on_cuda(*dtypes)
     assert use_triton(*tensors) is answer
     assert not use_triton(*tensors, torch.ones(2))  # one of them elsewhere
     set_kernels("naive")
@@ -68,11 +75,21 @@ def test_auto_takes_triton_for_what_it_can_read_on_cuda(monkeypatch, dtypes, ans
 def test_auto_is_naive_where_triton_cannot_run(monkeypatch, missing):
     for name in ("_installed", "_capable"):
         monkeypatch.setattr(choice, name, lambda *index, name=name: name != missing)
-    tensors = fakes(torch.float32)
+    tensors = on_cuda(torch.float32)
     assert not use_triton(*tensors)
     set_kernels("triton")
     with pytest.raises(ValueError, match=r"kernels=triton: .*triton is not installed|kernels=triton: .*8.0"):
         use_triton(*tensors)
+
+
+def test_nothing_is_launched_for_plans_of_memory(monkeypatch):
+    monkeypatch.setattr(choice, "_installed", lambda: True)
+    monkeypatch.setattr(choice, "_capable", lambda index: True)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        fake = torch.empty(2, 3, device="cuda")
+    for kernels in ("auto", "triton"):
+        set_kernels(kernels)
+        assert not use_triton(fake)
 
 
 def test_triton_raises_where_it_cannot(compiled_only, monkeypatch):
@@ -93,17 +110,31 @@ def test_another_word_is_refused():
     assert chosen() == "auto"
 
 
-def test_each_op_says_its_choice_once(caplog):
-    caplog.set_level(logging.INFO, logger="sana.ops.choice")
-    ask = "from sana.ops.choice import use_triton\ndef op(x): return use_triton(x)"
-    first, second = {"__name__": "sana.ops.first.op"}, {"__name__": "sana.ops.second.op"}
-    exec(ask, first)
-    exec(ask, second)
+SAID = """
+import logging, torch
+from sana.ops.choice import set_kernels
+logging.basicConfig(level=logging.INFO, format="%(message)s")
+ops = []
+for name in ("first", "second"):
+    scope = {"__name__": f"sana.ops.{name}.op"}
+    code = "from sana.ops.choice import use_triton" + chr(10) + "def op(x): return use_triton(x)"
+    exec(compile(code, f"{name}/op.py", "exec"), scope)
+    ops.append(scope["op"])
+for kernels in ("auto", "auto", "naive"):
+    set_kernels(kernels) if kernels == "naive" else None
     for _ in range(3):
-        first["op"](torch.ones(1))
-        second["op"](torch.ones(1))
-    said = [record.getMessage() for record in caplog.records]
-    assert said == ["first: naive kernels (kernels=auto)", "second: naive kernels (kernels=auto)"]
+        for op in ops:
+            op(torch.ones(1))
+            op(torch.ones(1).double())
+"""
+
+
+@pytest.mark.slow
+def test_each_op_says_its_choice_once():
+    """In a process of its own: here every call comes from the shape checks."""
+    done = subprocess.run([sys.executable, "-c", SAID], check=True, capture_output=True, text=True, timeout=120)
+    lines = [f"{op}: naive kernels (kernels={kernels})" for kernels in ("auto", "naive") for op in ("first", "second")]
+    assert done.stderr.splitlines() == lines
 
 
 TRACED = """

@@ -10,7 +10,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from sana.ops.depthwise_gate.op import depthwise_gate
 from sana.ops.linear_attention.naive import relu_attention_answer, relu_attention_sums, relu_linear_attention
+from sana.ops.rms_norm import naive
+from sana.ops.rms_norm.naive import Activation
+from sana.ops.rms_norm.op import rms_norm
 
 
 def average_channels(x: Float[Tensor, "b c h w"], channels: int) -> Float[Tensor, "b d h w"]:
@@ -50,12 +54,16 @@ class RMSNorm2d(Local):
         self.weight = nn.Parameter(torch.ones(width))
         self.bias = nn.Parameter(torch.zeros(width))
 
-    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-        # Channels last: contiguous rows for the mean where the map is in that memory format, as in training.
-        pixels = x.movedim(1, -1).to(torch.promote_types(x.dtype, torch.float32))
-        inverse = torch.rsqrt(pixels.square().mean(-1, keepdim=True) + self.eps)
-        y = torch.addcmul(self.bias, pixels * inverse, self.weight)
-        return y.to(x.dtype).movedim(-1, 1)
+    def forward(
+        self,
+        x: Float[Tensor, "b c h w"],
+        activation: Activation = None,
+        residual: Float[Tensor, "b c h w"] | None = None,
+    ) -> Float[Tensor, "b c h w"]:
+        """residual + act(norm(x)); only maps in channels_last are rows that the kernels can read."""
+        norm = rms_norm if _is_channels_last(x) else naive.rms_norm
+        added = None if residual is None else residual.movedim(1, -1)
+        return norm(x.movedim(1, -1), self.weight, self.eps, self.bias, activation, added).movedim(-1, 1)
 
 
 class ResBlock(Local):
@@ -70,7 +78,7 @@ class ResBlock(Local):
         self.norm = RMSNorm2d(width)
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-        return x + self.norm(self.conv2(F.silu(self.conv1(x))))
+        return self.norm(self.conv2(F.silu(self.conv1(x))), residual=x)
 
 
 class Aggregation(nn.Module):
@@ -136,6 +144,21 @@ class MultiScaleLinearAttention(nn.Module):
         return q, k, v
 
 
+class DepthwiseGate2d(nn.Conv2d):
+    """a * silu(g) with (a, g) = depthwise 3x3(silu(x)): channels 2 c to c."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, channels, 3, padding=1, groups=channels)
+
+    def forward(self, x: Float[Tensor, "b c2 h w"]) -> Float[Tensor, "b c h w"]:
+        if _is_channels_last(x) and self.bias is not None:
+            h, w = x.shape[2:]
+            tokens = x.permute(0, 2, 3, 1).flatten(1, 2)
+            return depthwise_gate(tokens, self.weight, self.bias, h, w).unflatten(1, (h, w)).permute(0, 3, 1, 2)
+        value, gate = super().forward(F.silu(x)).chunk(2, dim=1)
+        return value * F.silu(gate)
+
+
 class GatedConv(nn.Module):
     """x + norm(1x1(a * silu(g))) with (a, g) = depthwise 3x3(silu(1x1(x))), hidden width 4 x: the block's FFN."""
 
@@ -143,13 +166,12 @@ class GatedConv(nn.Module):
         super().__init__()
         hidden = 2 * ratio * width
         self.expand = nn.Conv2d(width, hidden, 1)
-        self.depthwise = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden)
+        self.depthwise = DepthwiseGate2d(hidden)
         self.project = nn.Conv2d(hidden // 2, width, 1, bias=False)
         self.norm = RMSNorm2d(width)
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-        value, gate = self.depthwise(F.silu(self.expand(x))).chunk(2, dim=1)
-        return x + self.norm(self.project(value * F.silu(gate)))
+        return self.norm(self.project(self.depthwise(self.expand(x))), residual=x)
 
 
 class EViTBlock(Local):
@@ -248,6 +270,10 @@ class Upsample(Local):
                     part = part + x[:, channel * x.shape[1] // (4 * self.outputs)]
                 y[:, :, i::2, j::2] = part
         return y
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    return x.is_contiguous(memory_format=torch.channels_last)
 
 
 def _add_taps(kernel: Tensor, dim: int, odd: int) -> Tensor:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -148,8 +147,7 @@ class Decoder(nn.Module):
         return x if self.shortcut_channels is None else x + repeat_channels(z, self.shortcut_channels)
 
     def _activate(self, x: Tensor) -> Tensor:
-        x = self.norm(x)
-        return F.silu(x) if self.silu_output else F.relu(x)
+        return self.norm(x, activation="silu" if self.silu_output else "relu")
 
 
 class DCAE(nn.Module):

@@ -11,9 +11,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sana.ops import forward_ad
 from sana.ops.adaln import naive
 from sana.ops.choice import use_triton
-from sana.ops.direct import launches_directly, takes_forward_derivative
+from sana.ops.direct import direct
 
 
 def modulated_layer_norm(
@@ -23,12 +24,12 @@ def modulated_layer_norm(
     eps: float = 1e-6,
 ) -> Float[Tensor, "b n d"]:
     """LN(x) (1 + scale) + shift, where the tokens of frame i take row i of shift and scale (adaLN; n = f h w)."""
-    if takes_forward_derivative() or not use_triton(x, shift, scale):
+    if forward_ad.taken() or not use_triton(x, shift, scale):
         return naive.modulated_layer_norm(x, shift, scale, eps)
     from sana.ops.adaln import triton
 
     out = _result(x, shift, scale)
-    if launches_directly(x, shift, scale):
+    if direct(x, shift, scale):
         return triton.launch_norm(x, None, shift, scale, eps, out)[0]
     return triton.modulated_layer_norm(x, shift, scale, eps, out)[0]
 
@@ -37,11 +38,11 @@ def gated_residual(
     x: Float[Tensor, "b n d"], gate: Float[Tensor, "b f d"], y: Float[Tensor, "b n d"]
 ) -> Float[Tensor, "b n d"]:
     """x + gate y, where the tokens of frame i take row i of gate."""
-    if takes_forward_derivative() or not use_triton(x, gate, y):
+    if forward_ad.taken() or not use_triton(x, gate, y):
         return naive.gated_residual(x, gate, y)
     from sana.ops.adaln import triton
 
-    if launches_directly(x, gate, y):
+    if direct(x, gate, y):
         return triton.launch_gate(x, gate, y)
     return triton.gated_residual(x, gate, y)
 
@@ -54,12 +55,12 @@ def residual_modulated_layer_norm(
     eps: float = 1e-6,
 ) -> tuple[Float[Tensor, "b n d"], Float[Tensor, "b n d"]]:
     """x + y, and `modulated_layer_norm` of that sum, in one pass over the tokens."""
-    if takes_forward_derivative() or not use_triton(x, y, shift, scale):
+    if forward_ad.taken() or not use_triton(x, y, shift, scale):
         return naive.residual_modulated_layer_norm(x, y, shift, scale, eps)
     from sana.ops.adaln import triton
 
     out = _result(x, y, shift, scale)
-    if launches_directly(x, y, shift, scale):
+    if direct(x, y, shift, scale):
         normed, total = triton.launch_norm(x, y, shift, scale, eps, out)[:2]
     else:
         normed, total = triton.residual_modulated_layer_norm(x, y, shift, scale, eps, out)[:2]

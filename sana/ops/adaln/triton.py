@@ -1,215 +1,18 @@
-"""adaLN on GPUs: kernels over rows (tokens), and what autograd and torch.compile have to know of them.
-
-A program holds a whole row in registers, in a block of the next power of two, masked. Backward, it walks over a chunk
-of the tokens of one frame and keeps what they add to the gradients of shift and scale (or gate); the chunks' sums are
-added by a second, ordered reduction.
-"""
+"""adaLN on GPUs: launches of the kernels, and what autograd and torch.compile have to know of them."""
 
 from __future__ import annotations
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
+from sana.ops.adaln.kernels import gate_rows, gate_rows_back, norm_rows, norm_rows_back
 from sana.ops.ahead import KernelCase
 from sana.ops.buffer import new_empty
-from sana.ops.direct import fresh
-from sana.ops.rounding import rounded
+from sana.ops.fresh import fresh
 
 _PROGRAMS = 528  # four for each multiprocessor of an H200
 _ROWS = 4  # tokens that a program of the forward kernels takes where there are plenty
-
-
-@triton.jit
-def norm_rows(
-    x,
-    y,
-    shift,
-    scale,
-    out,
-    total,
-    mean,
-    rstd,
-    n,
-    d,
-    frame,
-    frames,
-    x_b,
-    x_n,
-    y_b,
-    y_n,
-    shift_b,
-    shift_f,
-    scale_b,
-    scale_f,
-    eps,
-    RESIDUAL: tl.constexpr,
-    STATISTICS: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """out = LN(x [+ y]) (1 + scale) + shift for ROWS tokens of one frame; with RESIDUAL also total = x + y."""
-    OUT: tl.constexpr = out.dtype.element_ty
-    column = tl.arange(0, BLOCK)
-    live = column < d
-    groups = tl.cdiv(frame, ROWS)
-    pid = tl.program_id(0)
-    f = (pid // groups) % frames
-    b = (pid // groups // frames).to(tl.int64)
-    a = 1.0 + tl.load(scale + b * scale_b + f * scale_f + column, mask=live, other=0.0).to(tl.float32)
-    c = tl.load(shift + b * shift_b + f * shift_f + column, mask=live, other=0.0).to(tl.float32)
-    start = (pid % groups) * ROWS
-    for i in range(start, tl.minimum(start + ROWS, frame)):
-        token = (f * frame + i).to(tl.int64)
-        row = b * n + token
-        z = tl.load(x + b * x_b + token * x_n + column, mask=live, other=0.0).to(tl.float32)
-        if RESIDUAL:
-            TOTAL: tl.constexpr = total.dtype.element_ty
-            z += tl.load(y + b * y_b + token * y_n + column, mask=live, other=0.0).to(tl.float32)
-            kept = rounded(z, TOTAL)
-            tl.store(total + row * d + column, kept, mask=live)
-            z = kept.to(tl.float32)  # what the backward pass will see
-        mu = tl.sum(z, 0) / d
-        z = tl.where(live, z - mu, 0.0)
-        r = 1.0 / tl.sqrt(tl.sum(z * z, 0) / d + eps)
-        tl.store(out + row * d + column, rounded(z * r * a + c, OUT), mask=live)
-        if STATISTICS:
-            tl.store(mean + row, mu)
-            tl.store(rstd + row, r)
-
-
-@triton.jit
-def norm_rows_back(
-    grad,
-    extra,
-    x,
-    scale,
-    mean,
-    rstd,
-    dx,
-    partial,
-    n,
-    d,
-    frame,
-    frames,
-    chunk,
-    grad_b,
-    grad_n,
-    extra_b,
-    extra_n,
-    x_b,
-    x_n,
-    scale_b,
-    scale_f,
-    RESIDUAL: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """dx of `chunk` tokens of one frame, with RESIDUAL plus extra; partial (b, f, chunks, 2, d): dshift and dscale."""
-    DX: tl.constexpr = dx.dtype.element_ty
-    column = tl.arange(0, BLOCK)
-    live = column < d
-    chunks = tl.cdiv(frame, chunk)
-    pid = tl.program_id(0)
-    f = (pid // chunks) % frames
-    b = (pid // chunks // frames).to(tl.int64)
-    a = 1.0 + tl.load(scale + b * scale_b + f * scale_f + column, mask=live, other=0.0).to(tl.float32)
-    dshift = tl.zeros((BLOCK,), tl.float32)
-    dscale = tl.zeros((BLOCK,), tl.float32)
-    start = (pid % chunks) * chunk
-    for i in range(start, tl.minimum(start + chunk, frame)):
-        token = (f * frame + i).to(tl.int64)
-        row = b * n + token
-        g = tl.load(grad + b * grad_b + token * grad_n + column, mask=live, other=0.0).to(tl.float32)
-        z = tl.load(x + b * x_b + token * x_n + column, mask=live, other=0.0).to(tl.float32)
-        r = tl.load(rstd + row)
-        z = tl.where(live, (z - tl.load(mean + row)) * r, 0.0)
-        dshift += g
-        dscale += g * z
-        g *= a
-        back = r * (g - tl.sum(g, 0) / d - z * (tl.sum(g * z, 0) / d))
-        if RESIDUAL:
-            back += tl.load(extra + b * extra_b + token * extra_n + column, mask=live, other=0.0).to(tl.float32)
-        tl.store(dx + row * d + column, rounded(back, DX), mask=live)
-    place = partial + pid.to(tl.int64) * 2 * d + column
-    tl.store(place, dshift, mask=live)
-    tl.store(place + d, dscale, mask=live)
-
-
-@triton.jit
-def gate_rows(
-    x,
-    gate,
-    y,
-    out,
-    n,
-    d,
-    frame,
-    frames,
-    x_b,
-    x_n,
-    gate_b,
-    gate_f,
-    y_b,
-    y_n,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """out = x + gate y for ROWS tokens of one frame."""
-    OUT: tl.constexpr = out.dtype.element_ty
-    column = tl.arange(0, BLOCK)
-    live = column < d
-    groups = tl.cdiv(frame, ROWS)
-    pid = tl.program_id(0)
-    f = (pid // groups) % frames
-    b = (pid // groups // frames).to(tl.int64)
-    a = tl.load(gate + b * gate_b + f * gate_f + column, mask=live, other=0.0).to(tl.float32)
-    start = (pid % groups) * ROWS
-    for i in range(start, tl.minimum(start + ROWS, frame)):
-        token = (f * frame + i).to(tl.int64)
-        s = tl.load(x + b * x_b + token * x_n + column, mask=live, other=0.0).to(tl.float32)
-        t = tl.load(y + b * y_b + token * y_n + column, mask=live, other=0.0).to(tl.float32)
-        tl.store(out + (b * n + token) * d + column, rounded(s + a * t, OUT), mask=live)
-
-
-@triton.jit
-def gate_rows_back(
-    grad,
-    gate,
-    y,
-    dy,
-    partial,
-    n,
-    d,
-    frame,
-    frames,
-    chunk,
-    grad_b,
-    grad_n,
-    gate_b,
-    gate_f,
-    y_b,
-    y_n,
-    BLOCK: tl.constexpr,
-):
-    """dy = gate grad for `chunk` tokens of one frame; partial (b, f, chunks, d): the sums of grad y."""
-    DY: tl.constexpr = dy.dtype.element_ty
-    column = tl.arange(0, BLOCK)
-    live = column < d
-    chunks = tl.cdiv(frame, chunk)
-    pid = tl.program_id(0)
-    f = (pid // chunks) % frames
-    b = (pid // chunks // frames).to(tl.int64)
-    a = tl.load(gate + b * gate_b + f * gate_f + column, mask=live, other=0.0).to(tl.float32)
-    dgate = tl.zeros((BLOCK,), tl.float32)
-    start = (pid % chunks) * chunk
-    for i in range(start, tl.minimum(start + chunk, frame)):
-        token = (f * frame + i).to(tl.int64)
-        g = tl.load(grad + b * grad_b + token * grad_n + column, mask=live, other=0.0).to(tl.float32)
-        t = tl.load(y + b * y_b + token * y_n + column, mask=live, other=0.0).to(tl.float32)
-        dgate += g * t
-        tl.store(dy + (b * n + token) * d + column, rounded(a * g, DY), mask=live)
-    tl.store(partial + pid.to(tl.int64) * d + column, dgate, mask=live)
 
 
 def _block(d: int) -> tuple[int, int]:
@@ -441,26 +244,24 @@ gated_residual.register_autograd(_gate_back, setup_context=_save_gate)
 def _cases() -> list[KernelCase]:
     """Widths of the tiny, 0.6B and 1.6B networks, in the types that they come in."""
     cases = []
-    names = "x_b x_n y_b y_n shift_b shift_f scale_b scale_f gate_b gate_f grad_b grad_n extra_b extra_n d".split()
-    sizes = {name: "i32:16" for name in names}
-    sizes |= {"n": "i32", "frame": "i32", "frames": "i32", "chunk": "i32", "eps": "fp32"}
-    tokens = "x y out total grad extra dx dy".split()
-    vectors = "shift scale gate".split()
+    sizes = [f"{name}_{axis}" for name in ("x", "y", "grad", "extra") for axis in "bn"]
+    sizes += [f"{name}_{axis}" for name in ("shift", "scale", "gate") for axis in "bf"] + ["d"]
+    types = dict.fromkeys(sizes, "i32:16") | {"eps": "fp32"}
+    types |= dict.fromkeys(("n", "frame", "frames", "chunk"), "i32")
+    types |= dict.fromkeys(("mean", "rstd", "partial"), "*fp32:16")
     for kind, vector in (("bf16", "bf16"), ("bf16", "fp32"), ("fp32", "fp32"), ("fp16", "fp16")):
-        types = sizes | {name: f"*{kind}:16" for name in tokens} | {name: f"*{vector}:16" for name in vectors}
-        types |= {name: "*fp32:16" for name in ("mean", "rstd", "partial")}
+        types |= dict.fromkeys(("x", "y", "out", "total", "grad", "extra", "dx", "dy"), f"*{kind}:16")
+        types |= dict.fromkeys(("shift", "scale", "gate"), f"*{vector}:16")
         for d in (160, 1152, 2240):
             block, warps = _block(d)
-            name = f"{kind}-{vector}-{d}"
-            for more in (False, True):
-                flags = {"RESIDUAL": more, "BLOCK": block}
-                forward = flags | {"STATISTICS": True, "ROWS": _ROWS}
-                plus = "-residual" if more else ""
-                cases.append(KernelCase(f"adaln{plus}-{name}", norm_rows, types, forward, warps, 1, 128))
-                cases.append(KernelCase(f"adaln-back{plus}-{name}", norm_rows_back, types, flags, warps, 1, 168))
-            gate = {"ROWS": _ROWS, "BLOCK": block}
-            cases.append(KernelCase(f"adaln-gate-{name}", gate_rows, types, gate, warps, 1, 128))
-            cases.append(KernelCase(f"adaln-gate-back-{name}", gate_rows_back, types, {"BLOCK": block}, warps, 1, 128))
+            both = [(norm_rows, "", {"STATISTICS": True, "ROWS": _ROWS}), (norm_rows_back, "-back", {})]
+            kernels = [(f, part, flags | {"RESIDUAL": False}) for f, part, flags in both]
+            kernels += [(f, f"-residual{part}", flags | {"RESIDUAL": True}) for f, part, flags in both]
+            kernels += [(gate_rows, "-gate", {"ROWS": _ROWS}), (gate_rows_back, "-gate-back", {})]
+            for function, part, flags in kernels:
+                signature = {name: types[name] for name in function.arg_names if name in types}
+                name = f"adaln{part}-{kind}-{vector}-{d}"
+                cases.append(KernelCase(name, function, signature, flags | {"BLOCK": block}, warps, 1, 168))
     return cases
 
 

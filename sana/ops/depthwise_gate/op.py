@@ -5,9 +5,10 @@ from __future__ import annotations
 from jaxtyping import Float
 from torch import Tensor
 
+from sana.ops import forward_ad
 from sana.ops.choice import use_triton
 from sana.ops.depthwise_gate import naive
-from sana.ops.direct import launches_directly, takes_forward_derivative
+from sana.ops.direct import direct
 
 
 def depthwise_gate(
@@ -18,10 +19,10 @@ def depthwise_gate(
     The convolution is 3x3, depthwise and padded with zeros. With Triton the result has the type of u, sums are fp32,
     and only the arguments are kept for the backward pass. A forward derivative is taken of the plain way.
     """
-    if takes_forward_derivative() or not use_triton(u, weight, bias):
+    if forward_ad.taken() or not use_triton(u, weight, bias):
         return naive.depthwise_gate(u, weight, bias, h, w)
     from sana.ops.depthwise_gate import triton
 
-    if launches_directly(u, weight, bias):
+    if direct(u, weight, bias):
         return triton.launch_forward(u, weight, bias, h, w)
     return triton.depthwise_gate(u, weight, bias, h, w)

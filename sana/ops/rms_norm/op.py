@@ -5,8 +5,9 @@ from __future__ import annotations
 from jaxtyping import Float
 from torch import Tensor
 
+from sana.ops import forward_ad
 from sana.ops.choice import use_triton
-from sana.ops.direct import launches_directly, takes_forward_derivative
+from sana.ops.direct import direct
 from sana.ops.rms_norm import naive
 from sana.ops.rms_norm.naive import Activation
 
@@ -19,7 +20,7 @@ def rms_norm(
     activation: Activation = None,
     residual: Float[Tensor, "... d"] | None = None,
 ) -> Float[Tensor, "... d"]:
-    """residual + act(x / sqrt(mean(x^2) + eps) * weight + bias), of the type of x, or what it promotes to with residual.
+    """residual + act(x / sqrt(mean(x^2) + eps) * weight + bias), of the type of x (promoted to that of residual).
 
     Maps (b, c, h, w) in channels_last are such rows by movedim(1, -1). With Triton everything between reading and
     writing is fp32, and x and one number per row are kept for the backward pass. A forward derivative is taken of the
@@ -38,10 +39,10 @@ def rms_norm(
     """
     if activation not in (None, *naive.ACTIVATIONS):
         raise ValueError(f"rms_norm: activation {activation!r}; expected None, {', '.join(naive.ACTIVATIONS)}")
-    if takes_forward_derivative() or not use_triton(x, weight, bias, residual):
+    if forward_ad.taken() or not use_triton(x, weight, bias, residual):
         return naive.rms_norm(x, weight, eps, bias, activation, residual)
     from sana.ops.rms_norm import triton
 
-    if launches_directly(x, weight, bias, residual):
+    if direct(*(t for t in (x, weight, bias, residual) if t is not None)):
         return triton.launch(x, weight, bias, residual, eps, activation)[0]
     return triton.rms_norm(x, weight, bias, residual, eps, activation or "")[0]

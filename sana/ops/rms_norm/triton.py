@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sana.ops.ahead import KernelCase
 from sana.ops.buffer import new_empty
-from sana.ops.direct import fresh
+from sana.ops.fresh import fresh
 from sana.ops.rounding import rounded
 
 _TILE = 4096  # elements that a program of the forward kernel holds, where rows are short
@@ -229,21 +229,23 @@ rms_norm.register_autograd(_differentiate, setup_context=_save)
 
 
 def _cases() -> list[KernelCase]:
-    """Widths of q/k norms, captions and autoencoders, in the types and alignments that they come in."""
+    """Widths of autoencoders, q/k norms and captions, in the types and alignments that they come in."""
     cases = []
-    strides = {name: "i32:16" for name in ("d", "stride", "residual_stride", "grad_stride", "run")}
+    types = dict.fromkeys(("d", "stride", "residual_stride", "grad_stride", "run"), "i32:16")
+    types |= {"rstd": "*fp32:16", "partial": "*fp32:16", "rows": "i32", "eps": "fp32"}
     for kind, by in (("bf16", ":16"), ("fp16", ":16"), ("fp32", ":16"), ("bf16", "")):
-        pointers = {name: f"*{kind}{by}" for name in ("x", "weight", "bias", "residual", "out", "grad", "dx")}
-        types = pointers | strides | {"rstd": "*fp32:16", "partial": "*fp32:16", "rows": "i32", "eps": "fp32"}
+        types |= dict.fromkeys(("x", "weight", "bias", "residual", "out", "grad", "dx"), f"*{kind}{by}")
         for d, full in ((128, True), (1024, True), (2240, False)):
-            extra = {"BIAS": full, "ACTIVATION": "silu" if full else ""}
-            name = f"{kind}-{d}{'' if by else '-odd'}"
-            rows, block, warps = _block(d, _TILE)
-            tile = {"ROWS": rows, "BLOCK": block, "RESIDUAL": full, "STATISTICS": True}
-            cases.append(KernelCase(f"rms_norm-{name}", norm_rows, types, extra | tile, warps, 1, 128))
-            rows, block, warps = _block(d, _BACK_TILE)
-            tile = {"ROWS": rows, "BLOCK": block}
-            cases.append(KernelCase(f"rms_norm-back-{name}", norm_rows_back, types, extra | tile, warps, 1, 128))
+            more = {"RESIDUAL": full, "STATISTICS": True}
+            for function, part, tile, flags in (
+                (norm_rows, "", _TILE, more),
+                (norm_rows_back, "-back", _BACK_TILE, {}),
+            ):
+                rows, block, warps = _block(d, tile)
+                signature = {name: types[name] for name in function.arg_names if name in types}
+                flags = flags | {"BIAS": full, "ACTIVATION": "silu" if full else "", "ROWS": rows, "BLOCK": block}
+                name = f"rms_norm{part}-{kind}-{d}{'' if by else '-odd'}"
+                cases.append(KernelCase(name, function, signature, flags, warps, 1, 168))
     return cases
 
 
