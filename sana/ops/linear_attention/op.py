@@ -35,11 +35,11 @@ def relu_linear_attention(
     out, dtype = v.dtype, reduce(torch.promote_types, (x.dtype for x in (q, k, v)))
     q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     if derivative.taken():
-        if not derivative.alone(q, k, v):
+        values, tangents = derivative.unpack(q, k, v)
+        if tangents is not None and not derivative.alone(*values, *tangents):
             return naive.relu_linear_attention(q, k, v, eps).to(out)
-        (q, k, v), tangents = derivative.unpack(q, k, v)
         if tangents is not None:
-            return forward_ad.make_dual(*relu_linear_attention_jvp(q, k, v, *tangents, eps)).to(out)
+            return forward_ad.make_dual(*relu_linear_attention_jvp(*values, *tangents, eps)).to(out)
     if direct(q, k, v):
         return triton.launch(q, k, v, eps, save=False)[0].to(out)
     return triton.attention(q, k, v, eps)[0].to(out)
