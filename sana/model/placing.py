@@ -68,8 +68,7 @@ def hasten(
 
     Args:
         painter: with its parts in their final types and places; changed in place.
-        bf16: it draws under autocast to bf16, so weights of the network's blocks and of the decoder are cast once instead
-            of at every call.
+        bf16: it draws under autocast to bf16, so the weights of blocks and decoder are cast once, not at every call.
         graphs: see `use_graphs`.
         compile: see `use_compiled`.
 

@@ -49,9 +49,6 @@ def test_weights_cast_once_draw_the_bits_of_autocast(own):
         text = whole.network.prepare(Condition(torch.randn(2, 7, 10)))
         velocity, pixels = whole.network(z, t, text), whole.decode(z)
         hasten(whole, **(PLAIN | {"bf16": True}))
-        assert (
-            torch.equal(whole.network(z, t, whole.network.prepare(Condition(torch.zeros(2, 7, 10)))), velocity) is False
-        )
         assert torch.equal(whole.network(z, t, text), velocity)
         assert (whole.decode(z) == pixels).all()
     kinds = {nn.Conv2d: torch.float32 if own else torch.bfloat16, nn.Parameter: torch.float32}
