@@ -42,15 +42,23 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(x, weight, bias) if _ONEDNN is None else _ONEDNN(x, weight, bias, "none", [], "")
 
 
-def cast_products(blocks: nn.Module, dtype: torch.dtype) -> None:
-    """Cast the linear layers of blocks, in place, to the type that a surrounding autocast to `dtype` casts them to at
-    every call: the numbers stay the same, the time and the memory of the casts are saved.
+LINEAR: tuple[type[nn.Module], ...] = (nn.Linear, InferenceLinear)
 
-    Only for blocks that use them under that autocast and without gradients. Layers of another class keep what they are,
-    as do weights of a type of their own (quantised ones).
+
+def cast_products(part: nn.Module, kinds: tuple[type[nn.Module], ...], dtype: torch.dtype) -> None:
+    """Cast layers of a part, in place, to the type that a surrounding autocast to `dtype` casts them to at every call:
+    the numbers stay the same, the time and the memory of the casts are saved.
+
+    Only for a part that uses them under that autocast and without gradients. Layers of another class keep what they
+    are, as do weights of a type of their own (quantised ones).
+
+    Args:
+        part: such as the blocks of a network.
+        kinds: exact classes of the layers that autocast covers; `LINEAR`, for instance.
+        dtype: of the autocast.
     """
-    for layer in blocks.modules():
-        if type(layer) in (nn.Linear, InferenceLinear):
+    for layer in part.modules():
+        if type(layer) in kinds:
             for parameter in layer.parameters(recurse=False):
                 if type(parameter.data) is Tensor and parameter.dtype == torch.float32:
                     parameter.data = parameter.data.to(dtype)
