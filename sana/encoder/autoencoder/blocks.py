@@ -10,7 +10,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from sana.ops.linear_attention.naive import relu_attention_answer, relu_attention_sums, relu_linear_attention
+from sana.ops.linear_attention.naive import relu_attention_answer, relu_attention_sums
+from sana.ops.linear_attention.op import relu_linear_attention
 
 
 def average_channels(x: Float[Tensor, "b c h w"], channels: int) -> Float[Tensor, "b d h w"]:
