@@ -10,7 +10,17 @@ from sana.model.load import load_weights
 from sana.model.placing import cast_parts, place_painter
 from sana.ops.allocations import Allocations
 from sana.run.build import build
-from sana.run.drawing_plan import CARDS, GIB, DrawingPlan, Stage, advice, make_drawing_plan, print_drawing_plan
+from sana.run.compose import compose
+from sana.run.drawing_plan import (
+    CARDS,
+    GIB,
+    DrawingPlan,
+    Stage,
+    advice,
+    images_at_once,
+    make_drawing_plan,
+    print_drawing_plan,
+)
 from sana.run.error import ConfigError
 from sana.run.launch import launch
 from sana.run.restore import restore
@@ -21,43 +31,57 @@ GEMMA, AUTOENCODER, NETWORK = 2_614_341_888, 312_250_275, 1_604_462_752
 LARGE = "recipe=image/sana_1600m_1024px"
 
 
+SMALL = (LARGE, "height=256", "width=256", "bins=false", "precision=bf16-true", "dtype.autoencoder=bfloat16")
+
+
 def plan(*overrides: str) -> DrawingPlan:
     return make_drawing_plan(prepare("sample", ["dry_run=true", *overrides]))
 
 
+@pytest.mark.slow
 def test_weights_are_the_published_counts_in_their_types() -> None:
-    found = plan(LARGE, "height=256", "width=256", "bins=false")
-    assert found.parts == {"text encoder": 2 * GEMMA, "network": 4 * NETWORK, "autoencoder": 4 * AUTOENCODER}
-    half = plan(LARGE, "height=256", "width=256", "bins=false", "precision=bf16-true", "dtype.autoencoder=bfloat16")
-    assert half.parts == {"text encoder": 2 * GEMMA, "network": 2 * NETWORK, "autoencoder": 2 * AUTOENCODER}
-    assert {stage.weights for stage in half.stages.values()} == {2 * (GEMMA + NETWORK + AUTOENCODER)}
+    found = plan(*SMALL)
+    half = {"text encoder": 2 * GEMMA, "network": 2 * NETWORK, "autoencoder": 2 * AUTOENCODER}
+    assert found.parts == pytest.approx(half, abs=1000)  # and some frequencies
+    assert {stage.weights for stage in found.stages.values()} == {sum(found.parts.values())}
+    full = plan(LARGE, "height=256", "width=256", "bins=false")
+    assert full.parts == half | {"network": 4 * NETWORK, "autoencoder": 4 * AUTOENCODER, **_text_of(found)}
+    parts = plan(*SMALL, "offload=model")
+    assert {name: stage.weights for name, stage in parts.stages.items()} == parts.parts == found.parts
 
 
-def test_one_part_at_a_time() -> None:
-    small = (LARGE, "height=256", "width=256", "bins=false", "precision=bf16-true")
-    found = plan(*small, "offload=model")
-    assert {name: stage.weights for name, stage in found.stages.items()} == found.parts
-    layers = plan(*small, "offload=sequential")
-    # The largest layers: Gemma's table of words, the FFN's expansion (bias included), a convolution of DC-AE's last
-    # stages; what lies in no list comes to it.
-    assert 2 * 256_000 * 2304 <= layers.stages["text encoder"].weights < 2 * 257_000 * 2304
-    expansion = 2 * 11200 * 2241
-    assert expansion < layers.stages["network"].weights < found.parts["network"] // 10
-    assert [s.activations for s in layers.stages.values()] == [s.activations for s in found.stages.values()]
+def _text_of(found: DrawingPlan) -> dict[str, int]:
+    return {"text encoder": found.parts["text encoder"]}
 
 
+@pytest.mark.slow
+def test_one_layer_at_a_time() -> None:
+    layers = plan(*SMALL, "offload=sequential")
+    # In no list lies Gemma's table of words; of its layers the largest is one of the MLP's.
+    assert layers.stages["text encoder"].weights == pytest.approx(2 * 2304 * (256_000 + 9216 + 1), abs=1000)
+    # In no list: embeddings, modulation, the final layer, and the blocks' tables; the largest layer is the FFN's first.
+    d = 2240
+    trunk = 33 * d + 257 * d + d + d * d + 6 * d * (d + 1) + 2305 * d + d * (d + 1) + 2304 + 33 * 32 + 2 * d
+    assert layers.stages["network"].weights == pytest.approx(2 * (trunk + 20 * 6 * d + 11200 * (d + 1)), rel=0.01)
+
+
+@pytest.mark.slow
 def test_int8_is_a_byte_per_weight_and_a_scale_per_row() -> None:
-    """2240 wide, 20 blocks: every matrix in bytes, float32 scales and biases, what is no matrix in float32."""
-    found = plan(LARGE, "height=256", "width=256", "bins=false", "quant=int8_weight")
+    """2240 wide, 20 blocks: every matrix in bytes, float32 scales and biases, what is no matrix in bfloat16."""
+    found = plan(*SMALL, "quant=int8_weight")
     d, ffn = 2240, 11200
     shapes = [(3 * d, d), (d, d), (d, d), (2 * d, d), (d, d), (ffn, d), (d, ffn // 2)] * 20
     shapes += [(d, 32), (d, 256), (d, d), (6 * d, d), (d, 2304), (d, d), (32, d)]
+    biases = 20 * (5 * d + ffn) + (d + 2 * d + 6 * d + 2 * d + 32)  # in float32
     matrices, rows = sum(o * i for o, i in shapes), sum(o for o, _ in shapes)
-    assert found.parts["network"] == matrices + 4 * rows + 4 * (NETWORK - matrices)
+    assert found.parts["network"] == matrices + 4 * rows + 2 * (NETWORK - matrices) + 2 * biases
 
 
-@pytest.mark.parametrize("ckpt", ["scenes", "scenes_sprint"])
-@pytest.mark.parametrize("extra", [["precision=32-true"], ["precision=bf16-mixed", "quant=int8_weight"]])
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("ckpt", "extra"),
+    [("scenes", ["precision=bf16-mixed", "quant=int8_weight"]), ("scenes_sprint", ["precision=32-true"])],
+)
 def test_activations_are_those_of_a_real_drawing(ckpt: str, extra: list[str]) -> None:
     n, words = 3, 24
     settings = ["device=cpu", f"n={n}", "prompt=" + "red " * words, *extra]
@@ -74,15 +98,17 @@ def test_activations_are_those_of_a_real_drawing(ckpt: str, extra: list[str]) ->
     sampler = (FewStep if ckpt == "scenes_sprint" else Sampler)(solver, grid, node.steps, node.guidance)
     prompts, seeds = [f"{'red ' * words}{i}" for i in range(n)], list(range(n))
     with restored.autocast(), torch.no_grad():
+        painter.remember(prompts)
         with Allocations() as drawing:
             latents = painter.latents(prompts, seeds, sampler, 64, 64)
         with Allocations() as decoding:
             painter.decode(latents)
-    # Captions are embedded in the same call here, and there is noise, and the solver's memory; all of them small.
-    assert drawing.peak == pytest.approx(expected.stages["network"].activations, rel=0.15)
-    assert decoding.peak == pytest.approx(expected.stages["autoencoder"].activations, rel=0.05)
+    # There are noise and the solver's memory too; and the image in float32, which is much beside so small a decoder.
+    assert drawing.peak == pytest.approx(expected.stages["network"].activations, rel=0.05)
+    assert decoding.peak == pytest.approx(expected.stages["autoencoder"].activations, rel=0.15)
 
 
+@pytest.mark.long
 def test_tiles_bound_the_decoder_and_the_advice_says_so() -> None:
     composed = prepare("sample", ["dry_run=true", LARGE, "quant=int8_weight", "dtype.autoencoder=bfloat16"])
     found = make_drawing_plan(composed)
@@ -107,12 +133,19 @@ def test_the_smallest_card(card: int) -> None:
     assert made(card * GIB).card == (None if card == CARDS[-1] else CARDS[CARDS.index(card) + 1])
 
 
-def test_images_at_once() -> None:
-    assert plan("ckpt=scenes").images == 1
-    assert plan("ckpt=scenes", "n=3").images == 3
-    assert plan("ckpt=scenes", "prompt=a ring").images == 4
-    assert plan("ckpt=scenes", "prompt=[a,b,c]", "n=30").images == 16
-    assert plan("ckpt=scenes", "prompt=a", "seed=[3,5]").images == 2
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ([], 1),
+        (["n=3"], 3),
+        (["prompt=a ring"], 4),
+        (["prompt=[a,b,c]", "n=30"], 16),
+        (["prompt=a", "seed=[3,5]"], 2),
+        (["prompt=a", "best_of=5", "judge=oracle"], 5),
+    ],
+)
+def test_images_at_once(given: list[str], expected: int) -> None:
+    assert images_at_once(compose("sample", ["dry_run=true", "ckpt=scenes", *given]).raw) == expected
 
 
 def test_the_command_prints_it_and_draws_nothing(capsys: pytest.CaptureFixture[str]) -> None:
@@ -147,9 +180,9 @@ def test_refusals(overrides: list[str], message: str) -> None:
 
 def test_the_printed_table_names_the_parts_of_the_command() -> None:
     console = Console(record=True, width=200)
-    composed = prepare("sample", ["dry_run=true", "recipe=sprint_600m", "quant=int8_weight", "offload=model"])
+    composed = prepare("sample", ["dry_run=true", "recipe=image/tiny", "quant=int8", "offload=model"])
     print_drawing_plan(composed, console)
     text = console.export_text()
-    assert "quant=int8_weight" in text
+    assert "quant=int8" in text
     assert "offload=model" in text
-    assert "1024x1024 px" in text
+    assert "64x64 px" in text
