@@ -40,4 +40,4 @@ def _case(function, dh: int, dtype: torch.dtype, stage: int) -> KernelCase:
 
 _EVERY = (kernels.forward, kernels.backward, kernels.derivative)
 KERNELS = [_case(function, 32, dtype, stage) for function in _EVERY for dtype in TYPES for stage in (0, 1, 2)]
-KERNELS += [_case(function, dh, dtype, 0) for function in _EVERY for dtype in TYPES for dh in (16, 64, 128)]
+KERNELS += [_case(function, dh, dtype, 0) for function in _EVERY for dtype in TYPES for dh in (16, 64)]
