@@ -1,7 +1,5 @@
 """adaLN on GPUs: launches of the kernels, and what autograd and torch.compile have to know of them."""
 
-from __future__ import annotations
-
 import torch
 import triton
 from torch import Tensor

@@ -8,8 +8,6 @@ the special-function unit as much as the memory. All sums are fp32.
 
 # ruff: noqa: RUF005
 # Triton's compiler knows sums of tuples, but no unpacking into one.
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl

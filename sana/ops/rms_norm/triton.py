@@ -5,8 +5,6 @@ of rows and keeps what they add to the gradients of gain and bias; the programs'
 reduction.
 """
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl
