@@ -55,7 +55,9 @@ def written(u, weight, bias, h, w):
 
 def test_the_plain_way_is_the_definition():
     arguments = draw(2, 3, 4, 5, dtype=torch.float64)
-    torch.testing.assert_close(naive.depthwise_gate(*arguments, 3, 4), written(*arguments, 3, 4), rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(
+        naive.depthwise_gate(*arguments, 3, 4), written(*arguments, 3, 4), rtol=1e-12, atol=1e-13
+    )
 
 
 class Layouts(TorchDispatchMode):
@@ -132,7 +134,9 @@ def test_far_inputs_stay_finite(kernel_device, triton_kernels):
     """Two sigmoids share one reciprocal, of a product that must not overflow."""
     u = torch.tensor([-1e4, -90.0, -41.0, 0.0, 88.0, 1e4], device=kernel_device).view(1, 3, 2)
     weight, bias = torch.ones(2, 1, 3, 3, device=kernel_device), torch.zeros(2, device=kernel_device)
-    for got, right in zip(results(op.depthwise_gate, (u, weight, bias), 1, 3), exact((u, weight, bias), 1, 3), strict=True):
+    for got, right in zip(
+        results(op.depthwise_gate, (u, weight, bias), 1, 3), exact((u, weight, bias), 1, 3), strict=True
+    ):
         assert relative(got, right) < 1e-5
 
 
@@ -170,5 +174,3 @@ def test_operator_passes_opcheck(kernel_device, triton_kernels):
 
     arguments = [x.requires_grad_() for x in draw(1, 2, 1, 3, device=kernel_device)]
     torch.library.opcheck(triton.depthwise_gate, (*arguments, 2, 1))
-
-
