@@ -97,14 +97,14 @@ def test_processors_whose_products_saturate_are_found_out(monkeypatch: pytest.Mo
     real = torch._int_mm
     # As oneDNN sums on AVX2: one code offset to unsigned, pairs of products saturated to 16 bits.
     monkeypatch.setattr(torch, "_int_mm", lambda x, w: real(x, w).clamp(-40000, 40000))
-    module._exact_on_cpu.cache_clear()
+    module._try_products.cache_clear()
     try:
         assert not module._exact_on_cpu()
         assert Int8Linear.arithmetic(torch.device("cpu")).startswith("emulated")
         x, w = torch.full((3, 9), 127, dtype=torch.int8), torch.full((2, 9), -128, dtype=torch.int8)
         assert (int_mm(x, w) == -127 * 128 * 9).all()
     finally:
-        module._exact_on_cpu.cache_clear()
+        module._try_products.cache_clear()
 
 
 @pytest.mark.skipif(not module._exact_on_cpu(), reason="this processor has no exact int8 products")
