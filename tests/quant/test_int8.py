@@ -52,6 +52,7 @@ def test_a_layer_equals_its_definition_in_float64(seed: int, bias: bool) -> None
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_codes_and_scales_are_those_of_torchao(seed: int) -> None:
+    pytest.importorskip("torchao")
     from torchao.quantization.granularity import PerRow
     from torchao.quantization.quantize_.workflows.int8.int8_tensor import Int8Tensor
 
@@ -64,6 +65,7 @@ def test_codes_and_scales_are_those_of_torchao(seed: int) -> None:
 
 
 def test_outputs_are_those_of_torchao() -> None:
+    pytest.importorskip("torchao")
     from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
 
     torch.manual_seed(0)

@@ -137,6 +137,18 @@ def test_zeros_stay_zero(kind) -> None:
     )
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_broken_activations_are_not_hidden(kind, bad: float) -> None:
+    cls, options, _ = kind
+    torch.manual_seed(0)
+    layer, x = cls.from_linear(nn.Linear(40, 24), **options), torch.randn(5, 40)
+    expected = layer(x)
+    x[2, 7] = bad
+    found = layer(x)
+    assert not found[2].isfinite().any()
+    assert torch.equal(found[[0, 1, 3, 4]], expected[[0, 1, 3, 4]])
+
+
 @pytest.mark.parametrize("size", [1e-30, 1e30])
 def test_very_small_and_very_large_weights(kind, size: float) -> None:
     cls, options, most = kind
