@@ -101,8 +101,14 @@ def _in_float(x: Tensor, weight: Tensor) -> Tensor:
     return total
 
 
-@cache
+@torch.compiler.assume_constant_result
 def _exact_on_cpu() -> bool:
+    """`_try_products`, a constant for the compiler."""
+    return _try_products()
+
+
+@cache
+def _try_products() -> bool:
     """Whether this processor sums int8 products exactly.
 
     Without VNNI (x86 before 2019), oneDNN adds pairs of products in 16 bits, which saturate, and says nothing.

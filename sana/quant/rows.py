@@ -17,5 +17,5 @@ def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """
     x = x.float()
     scale = torch.maximum(x.amax(dim=-1, keepdim=True), -x.amin(dim=-1, keepdim=True)) / LEVELS
-    scale = torch.where(scale >= torch.finfo(torch.float32).tiny, scale, 1.0)  # whose reciprocal is finite
+    scale = torch.where(scale < torch.finfo(torch.float32).tiny, 1.0, scale)  # whose reciprocal is finite; NaN stays
     return (x * scale.reciprocal()).round_().clamp_(-128, 127).to(torch.int8), scale
