@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Float
@@ -15,7 +15,7 @@ from sana.types import Velocity
 def cfg(
     velocity_pair: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
     scale: float,
-    interval: Sequence[float] = (0.0, 1.0),
+    interval: tuple[float, float] = (0.0, 1.0),
     conditional: Velocity | None = None,
 ) -> Velocity:
     """Classifier-free guidance, ``v = u + scale (c - u)`` (Ho and Salimans 2022), within an interval of time.
@@ -44,7 +44,7 @@ def pag(
     velocity_triple: Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None, Tensor]],
     scale: float,
     pag_scale: float,
-    interval: Sequence[float] = (0.0, 1.0),
+    interval: tuple[float, float] = (0.0, 1.0),
     conditional: Velocity | None = None,
 ) -> Velocity:
     """Perturbed-attention beside classifier-free guidance, ``v = u + scale (c - u) + pag_scale (c - p)``.
@@ -75,7 +75,7 @@ def pag(
 
 
 def _within(
-    interval: Sequence[float],
+    interval: tuple[float, float],
     guided: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
     conditional: Velocity | None,
     never: bool,

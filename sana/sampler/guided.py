@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -55,7 +55,7 @@ class Sampler:
     grid: Callable[[int], Tensor]
     steps: int = 20
     guidance: float = 4.5
-    interval: Sequence[float] = (0.0, 1.0)
+    interval: tuple[float, float] = (0.0, 1.0)
     pag_scale: float = 0.0
     pag_layers: list[int] | None = None
     floor: bool | None = None
