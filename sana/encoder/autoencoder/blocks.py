@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from sana.ops.decoding.op import bias_silu, double, doubling_kernels, kernels_for
 from sana.ops.depthwise_gate.op import depthwise_gate
 from sana.ops.linear_attention.naive import relu_attention_answer, relu_attention_sums
 from sana.ops.linear_attention.op import relu_linear_attention
@@ -79,7 +80,14 @@ class ResBlock(Local):
         self.norm = RMSNorm2d(width)
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-        return self.norm(self.conv2(F.silu(self.conv1(x))), residual=x)
+        return self.norm(self.conv2(self._hidden(x)), residual=x)
+
+    def _hidden(self, x: Tensor) -> Tensor:
+        weight, bias = self.conv1.weight, self.conv1.bias
+        assert bias is not None
+        if kernels_for(x, weight, bias):
+            return bias_silu(F.conv2d(x, weight, padding=1), bias)
+        return F.silu(self.conv1(x))
 
 
 class Aggregation(nn.Module):
@@ -246,7 +254,8 @@ class Upsample(Local):
         return 2 * n
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d 2*h 2*w"]:
-        if not self.shuffle and _in_full_on_cpu(x, self.conv.weight):
+        weight, bias = self.conv.weight, self.conv.bias
+        if not self.shuffle and (_in_full_on_cpu(x, weight) or kernels_for(x, weight, bias)):
             return self._by_parity(x)
         if self.shuffle:
             y = F.pixel_shuffle(self.conv(x), 2)
@@ -255,32 +264,18 @@ class Upsample(Local):
         return y + F.pixel_shuffle(repeat_channels(x, 4 * self.outputs), 2) if self.shortcut else y
 
     def _by_parity(self, x: Tensor) -> Tensor:
-        """The same without enlarging x: outputs at odd or even rows and columns read 2x2 places of x, not nine.
-
-        Of the three places in a row that an output reads in the enlarged map, two are the same place of x; so their
-        weights are added first. Four ninths of the products remain, and no map of the larger size but the result.
-        """
-        (b, _, h, w), weight = x.shape, self.conv.weight
-        y = torch.empty(b, 2 * h, 2 * w, self.outputs, dtype=x.dtype, device=x.device).movedim(-1, 1)
-        for i in (0, 1):
-            for j in (0, 1):
-                kernel = _add_taps(_add_taps(weight, 2, i), 3, j).contiguous(memory_format=torch.channels_last)
-                part = F.conv2d(x, kernel, self.conv.bias, padding=1)[:, :, i : i + h, j : j + w]
-                if self.shortcut:
-                    channel = torch.arange(2 * i + j, 4 * self.outputs, 4, device=x.device)
-                    part = part + x[:, channel * x.shape[1] // (4 * self.outputs)]
-                y[:, :, i::2, j::2] = part
-        return y
+        """The same without enlarging x: four ninths of the products remain, and no map of the larger size but the
+        result."""
+        within = x.device.type == "cpu"  # where a convolution adds its bias at no cost
+        bias = self.conv.bias
+        parts = [
+            F.conv2d(x, kernel, bias if within else None, padding=1) for kernel in doubling_kernels(self.conv.weight)
+        ]
+        return double(parts, x, None if within else bias, self.shortcut)
 
 
 def _is_channels_last(x: Tensor) -> bool:
     return x.is_contiguous(memory_format=torch.channels_last)
-
-
-def _add_taps(kernel: Tensor, dim: int, odd: int) -> Tensor:
-    """Three taps along a dimension -> the two of an output at even or odd places of the doubled map."""
-    first, middle, last = kernel.unbind(dim)
-    return torch.stack([first + middle, last] if odd else [first, middle + last], dim)
 
 
 def _in_full_on_cpu(x: Tensor, weight: Tensor) -> bool:

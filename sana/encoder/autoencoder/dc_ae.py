@@ -29,6 +29,7 @@ from sana.encoder.autoencoder.blocks import (
 )
 from sana.encoder.autoencoder.plan import Plan, make_plan
 from sana.encoder.autoencoder.tiles import Layer, convolution, layer_of, modules, run
+from sana.ops.decoding.op import convolve_to_few, kernels_for
 
 CONFIG_KEY = "config"
 
@@ -134,17 +135,23 @@ class Decoder(nn.Module):
         x = self._enter(z)
         for stage in reversed(self.stages):
             x = stage(x)
-        return self.output(self._activate(x))
+        return self._leave(self._activate(x))
 
     def chain(self) -> list[Layer]:
         """The layers that `forward` applies one after the other."""
-        last = layer_of(self.output) if isinstance(self.output, Upsample) else convolution(self.output, reach=1)
+        last = layer_of(self.output) if isinstance(self.output, Upsample) else convolution(self._leave, reach=1)
         stages = modules(list(reversed(self.stages)))
         return [convolution(self._enter, reach=1), *stages, convolution(self._activate, reach=0), last]
 
     def _enter(self, z: Tensor) -> Tensor:
         x = self.input(z)
         return x if self.shortcut_channels is None else x + repeat_channels(z, self.shortcut_channels)
+
+    def _leave(self, x: Tensor) -> Tensor:
+        last = self.output
+        if isinstance(last, nn.Conv2d) and last.bias is not None and kernels_for(x, last.weight, last.bias):
+            return convolve_to_few(x, last.weight, last.bias)
+        return last(x)
 
     def _activate(self, x: Tensor) -> Tensor:
         return self.norm(x, activation="silu" if self.silu_output else "relu")

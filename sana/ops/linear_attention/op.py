@@ -15,6 +15,7 @@ from sana.ops.direct import direct
 from sana.ops.linear_attention import naive
 from sana.ops.linear_attention.plan import WIDEST
 
+
 def relu_linear_attention(
     q: Float[Tensor, "b n heads dh"],
     k: Float[Tensor, "b n heads dh"],

@@ -1,0 +1,1 @@
+"""What an autoencoder's decoder does around its large convolutions, for inference; each in one pass over the map."""
