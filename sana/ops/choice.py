@@ -79,7 +79,9 @@ def _obstacle(tensors: list[Tensor]) -> str | None:
         if x.dtype not in DTYPES:
             return f"{str(x.dtype).removeprefix('torch.')} is not among the kernels' types (fp32, bf16, fp16)"
         if not x.is_cuda and (_chosen == "auto" or x.device.type != "cpu" or not _interpreted()):
-            return f"a tensor is on {x.device.type}; the kernels need CUDA (on CPUs, TRITON_INTERPRET=1 interprets them)"
+            return (
+                f"a tensor is on {x.device.type}; the kernels need CUDA (on CPUs, TRITON_INTERPRET=1 interprets them)"
+            )
     if len({x.device for x in tensors}) > 1:
         return f"tensors are on several devices: {', '.join(sorted({str(x.device) for x in tensors}))}"
     if not _installed():

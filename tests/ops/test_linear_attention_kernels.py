@@ -87,9 +87,7 @@ def check(shape, dtype, device, seed, eps=1e-15):
     weight = torch.randn(tensors[2].shape, generator=torch.Generator().manual_seed(seed + 1)).to(device, dtype)
     got = results(lambda *x: relu_linear_attention(*x, eps=eps), tensors, weight)
     near = results(lambda *x: naive.relu_linear_attention(*x, eps=eps), tensors, weight)
-    want = results(
-        lambda *x: naive.relu_linear_attention(*x, eps=eps), [x.double() for x in tensors], weight.double()
-    )
+    want = results(lambda *x: naive.relu_linear_attention(*x, eps=eps), [x.double() for x in tensors], weight.double())
     compare(got, near, want, dtype)
     with torch.no_grad():  # another way to the same kernel
         assert torch.equal(relu_linear_attention(*tensors, eps=eps), got[0])
@@ -102,7 +100,7 @@ def test_values_and_gradients(shape, dtype, kernel_device, nan_buffers):
     assert len(nan_buffers) >= 6
 
 
-@pytest.mark.parametrize("shape", [SHAPES[2], SHAPES[10], SHAPES[12]], ids=str)
+@pytest.mark.parametrize("shape", [SHAPES[2], SHAPES[3], SHAPES[10]], ids=str)
 def test_values_and_gradients_in_fp16(shape, kernel_device, nan_buffers):
     check(shape, torch.float16, kernel_device, seed=3)
 
@@ -133,7 +131,9 @@ def test_eps_and_queries_without_positive_features(eps, kernel_device, nan_buffe
     q[:, 4], k[:, 5] = 0.0, 0.0  # the derivative of ReLU at 0 is 0
     weight = torch.ones_like(v)
     got = results(lambda *x: relu_linear_attention(*x, eps=eps), (q, k, v), weight)
-    want = results(lambda *x: naive.relu_linear_attention(*x, eps=eps), [x.double() for x in (q, k, v)], weight.double())
+    want = results(
+        lambda *x: naive.relu_linear_attention(*x, eps=eps), [x.double() for x in (q, k, v)], weight.double()
+    )
     compare(got, got, want, torch.float32)
     assert not got[0][:, 3:5].any()
     assert not got[1][:, 3:5].any()

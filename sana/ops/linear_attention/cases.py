@@ -6,7 +6,7 @@ import torch
 
 from sana.ops.ahead import KernelCase
 from sana.ops.linear_attention import kernels
-from sana.ops.linear_attention.plan import plan
+from sana.ops.linear_attention.plan import WIDEST, plan
 
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 STRIDES = "b", "n", "h"  # multiples of 16 in published models; channels lie side by side
@@ -40,4 +40,6 @@ def _case(function, dh: int, dtype: torch.dtype, stage: int) -> KernelCase:
 
 _EVERY = (kernels.forward, kernels.backward, kernels.derivative)
 KERNELS = [_case(function, 32, dtype, stage) for function in _EVERY for dtype in TYPES for stage in (0, 1, 2)]
-KERNELS += [_case(function, dh, dtype, 0) for function in _EVERY for dtype in TYPES for dh in (16, 64)]
+KERNELS += [
+    _case(function, dh, dtype, 0) for function in _EVERY for dtype in TYPES for dh in (16, 64) if dh <= WIDEST[dtype]
+]
