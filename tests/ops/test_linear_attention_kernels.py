@@ -1,4 +1,4 @@
-"""The Triton kernels of ReLU linear attention against plain torch in float64: values, gradients, forward derivatives."""
+"""The Triton kernels of ReLU linear attention against plain torch in float64: values, gradients, tangents."""
 
 from __future__ import annotations
 

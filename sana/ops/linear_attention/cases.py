@@ -28,7 +28,7 @@ def _case(function, dh: int, dtype: torch.dtype, stage: int) -> KernelCase:
             signature[argument] = "i32"
         elif argument == "eps":
             signature[argument] = "fp32"
-        elif argument == "per_split" or argument[-1:] in STRIDES and len(argument) > 1:
+        elif argument == "per_split" or (len(argument) > 1 and argument[-1] in STRIDES):
             signature[argument] = "i32:16"
         elif argument in ("qd", "kd", "vd", "gd", "tqd", "tkd", "tvd"):
             constexprs[argument] = 1

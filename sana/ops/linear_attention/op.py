@@ -24,7 +24,8 @@ def relu_linear_attention(
 ) -> Float[Tensor, "b n heads dh"]:
     """Every token attends to every token, see `naive.relu_linear_attention`; the result has the type of v.
 
-    Inputs may lie in memory in any order; heads wider than `WIDEST` are computed in plain torch. Derivatives: reverse, forward (one level), or both by plain torch.
+    Inputs may lie in memory in any order; heads wider than `WIDEST` are computed in plain torch. Derivatives: reverse;
+    forward, one level; several at once by plain torch.
     """
     out, dtype = v.dtype, reduce(torch.promote_types, (x.dtype for x in (q, k, v)))
     if not _kernels(q, k, v, dtype):
