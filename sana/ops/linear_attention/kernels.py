@@ -12,6 +12,9 @@ rounding to 8 bits would show in the result. So the error is that of rounding th
 A state is the sums of one head: DH rows of S, then z, (DH + 1, DH) in fp32.
 """
 
+# pyright: reportArgumentType=false
+# (Triton annotates the index of a tensor as one number.)
+
 from __future__ import annotations
 
 import triton

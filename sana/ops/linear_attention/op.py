@@ -38,7 +38,8 @@ def relu_linear_attention(
         if tangents is not None and not derivative.alone(*values, *tangents):
             return naive.relu_linear_attention(q, k, v, eps).to(out)
         if tangents is not None:
-            return forward_ad.make_dual(*relu_linear_attention_jvp(*values, *tangents, eps)).to(out)
+            (q, k, v), (tq, tk, tv) = values, tangents
+            return forward_ad.make_dual(*relu_linear_attention_jvp(q, k, v, tq, tk, tv, eps)).to(out)
     if direct(q, k, v):
         return triton.launch(q, k, v, eps, save=False)[0].to(out)
     return triton.attention(q, k, v, eps)[0].to(out)
@@ -75,7 +76,8 @@ def relu_linear_attention_jvp(
 ) -> tuple[Float[Tensor, "b n heads dh"], Float[Tensor, "b n heads dh"]]:
     """The result for q, k and v of one type, and its derivative in the direction (dq, dk, dv); without gradients."""
     if not _kernels(q, k, v, v.dtype):
-        return torch.func.jvp(lambda *x: naive.relu_linear_attention(*x, eps=eps), (q, k, v), (dq, dk, dv))
+        y, dy, *_ = torch.func.jvp(lambda *x: naive.relu_linear_attention(*x, eps=eps), (q, k, v), (dq, dk, dv))
+        return y, dy
     from sana.ops.linear_attention import triton
 
     return triton.attention_jvp(q, k, v, dq, dk, dv, eps)
