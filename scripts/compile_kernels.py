@@ -45,7 +45,9 @@ def main() -> int:
             try:
                 used = compile_case(case, capability)
             except Exception as error:  # a failure of the compiler is one more offence
-                found.append(f"{case.name} on sm_{capability}: does not compile: {str(error).strip().splitlines()[-1:]}")
+                found.append(
+                    f"{case.name} on sm_{capability}: does not compile: {str(error).strip().splitlines()[-1:]}"
+                )
                 continue
             found += offences(case, capability, used)
             print(f"{case.name} on sm_{capability}: {used.registers} registers, {used.shared} bytes shared", flush=True)

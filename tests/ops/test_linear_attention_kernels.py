@@ -1,4 +1,4 @@
-"""The Triton kernels of ReLU linear attention against plain torch in float64: values, gradients, forward derivatives."""
+"""The Triton kernels of ReLU linear attention against plain torch in float64: values, gradients, tangents."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_values_and_gradients(shape, dtype, kernel_device, nan_buffers):
     assert len(nan_buffers) >= 6
 
 
-@pytest.mark.parametrize("shape", [SHAPES[2], SHAPES[10], SHAPES[12]], ids=str)
+@pytest.mark.parametrize("shape", [SHAPES[2], SHAPES[3], SHAPES[10]], ids=str)
 def test_values_and_gradients_in_fp16(shape, kernel_device, nan_buffers):
     check(shape, torch.float16, kernel_device, seed=3)
 

@@ -6,7 +6,7 @@ import torch
 
 from sana.ops.ahead import KernelCase
 from sana.ops.linear_attention import kernels
-from sana.ops.linear_attention.plan import plan
+from sana.ops.linear_attention.plan import WIDEST, plan
 
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 STRIDES = "b", "n", "h"  # multiples of 16 in published models; channels lie side by side
@@ -28,7 +28,7 @@ def _case(function, dh: int, dtype: torch.dtype, stage: int) -> KernelCase:
             signature[argument] = "i32"
         elif argument == "eps":
             signature[argument] = "fp32"
-        elif argument == "per_split" or (argument[-1:] in STRIDES and len(argument) > 1):
+        elif argument == "per_split" or (len(argument) > 1 and argument[-1] in STRIDES):
             signature[argument] = "i32:16"
         elif argument in ("qd", "kd", "vd", "gd", "tqd", "tkd", "tvd"):
             constexprs[argument] = 1
@@ -40,4 +40,6 @@ def _case(function, dh: int, dtype: torch.dtype, stage: int) -> KernelCase:
 
 _EVERY = (kernels.forward, kernels.backward, kernels.derivative)
 KERNELS = [_case(function, 32, dtype, stage) for function in _EVERY for dtype in TYPES for stage in (0, 1, 2)]
-KERNELS += [_case(function, dh, dtype, 0) for function in _EVERY for dtype in TYPES for dh in (16, 64)]
+KERNELS += [
+    _case(function, dh, dtype, 0) for function in _EVERY for dtype in TYPES for dh in (16, 64) if dh <= WIDEST[dtype]
+]

@@ -24,20 +24,22 @@ def relu_linear_attention(
 ) -> Float[Tensor, "b n heads dh"]:
     """Every token attends to every token, see `naive.relu_linear_attention`; the result has the type of v.
 
-    Inputs may lie in memory in any order; heads wider than 64 are computed in plain torch. Derivatives: reverse, forward (one level), or both by plain torch.
+    Inputs may lie in memory in any order; heads wider than `WIDEST` are computed in plain torch. Derivatives: reverse;
+    forward, one level; several at once by plain torch.
     """
-    if not _kernels(q, k, v):
+    out, dtype = v.dtype, reduce(torch.promote_types, (x.dtype for x in (q, k, v)))
+    if not _kernels(q, k, v, dtype):
         return naive.relu_linear_attention(q, k, v, eps)
     from sana.ops.linear_attention import triton
 
-    out, dtype = v.dtype, reduce(torch.promote_types, (x.dtype for x in (q, k, v)))
     q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     if derivative.taken():
         values, tangents = derivative.unpack(q, k, v)
         if tangents is not None and not derivative.alone(*values, *tangents):
             return naive.relu_linear_attention(q, k, v, eps).to(out)
         if tangents is not None:
-            return forward_ad.make_dual(*relu_linear_attention_jvp(*values, *tangents, eps)).to(out)
+            (q, k, v), (tq, tk, tv) = values, tangents
+            return forward_ad.make_dual(*relu_linear_attention_jvp(q, k, v, tq, tk, tv, eps)).to(out)
     if direct(q, k, v):
         return triton.launch(q, k, v, eps, save=False)[0].to(out)
     return triton.attention(q, k, v, eps)[0].to(out)
@@ -54,7 +56,7 @@ def relu_linear_attention_packed(
     if qkv.shape[-1] % (3 * heads):
         raise ValueError(f"packed attention: width {qkv.shape[-1]} is no multiple of 3 x {heads} heads")
     q, k, v = naive.unpack(qkv, heads)
-    if derivative.taken() or not _kernels(q, k, v):
+    if derivative.taken() or not _kernels(q, k, v, v.dtype):
         return relu_linear_attention(q, k, v, eps).flatten(2)
     from sana.ops.linear_attention import triton
 
@@ -73,12 +75,13 @@ def relu_linear_attention_jvp(
     eps: float = 1e-15,
 ) -> tuple[Float[Tensor, "b n heads dh"], Float[Tensor, "b n heads dh"]]:
     """The result for q, k and v of one type, and its derivative in the direction (dq, dk, dv); without gradients."""
-    if not _kernels(q, k, v):
-        return torch.func.jvp(lambda *x: naive.relu_linear_attention(*x, eps=eps), (q, k, v), (dq, dk, dv))
+    if not _kernels(q, k, v, v.dtype):
+        y, dy, *_ = torch.func.jvp(lambda *x: naive.relu_linear_attention(*x, eps=eps), (q, k, v), (dq, dk, dv))
+        return y, dy
     from sana.ops.linear_attention import triton
 
     return triton.attention_jvp(q, k, v, dq, dk, dv, eps)
 
 
-def _kernels(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    return use_triton(q, k, v) and q.shape[-1] <= WIDEST and q.numel() > 0
+def _kernels(q: Tensor, k: Tensor, v: Tensor, dtype: torch.dtype) -> bool:
+    return use_triton(q, k, v) and q.shape[-1] <= WIDEST[dtype] and q.numel() > 0

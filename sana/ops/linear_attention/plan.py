@@ -19,12 +19,12 @@ STAGES = 3
 
 
 ROWS = {
-    "forward": {torch.bfloat16: (128, 128, 64), torch.float16: (128, 128, 32), torch.float32: (64, 64, 32)},
-    "backward": {torch.bfloat16: (64, 64, 32), torch.float16: (32, 32, 16), torch.float32: (32, 16, 16)},
-    "derivative": {torch.bfloat16: (64, 64, 32), torch.float16: (32, 32, 16), torch.float32: (32, 32, 16)},
+    "forward": {torch.bfloat16: (128, 128, 64), torch.float16: (128, 128), torch.float32: (64, 64, 32)},
+    "backward": {torch.bfloat16: (64, 64, 32), torch.float16: (32, 32), torch.float32: (32, 16, 16)},
+    "derivative": {torch.bfloat16: (64, 64, 32), torch.float16: (32, 16), torch.float32: (32, 16, 16)},
 }
 """Tokens of a tile by kernel and type, for heads of up to 16, 32 and 64 channels: the most without spills."""
-WIDEST = 64
+WIDEST = {torch.bfloat16: 64, torch.float16: 32, torch.float32: 64}
 """Channels per head that the kernels hold in registers."""
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -10,6 +12,10 @@ from sana.ops.linear_attention import kernels
 from sana.ops.linear_attention.cases import KERNELS as KERNELS
 from sana.ops.linear_attention.naive import unpack
 from sana.ops.linear_attention.plan import plan
+
+_forward: Any = kernels.forward  # whose arguments are annotated for the compiler
+_backward: Any = kernels.backward
+_derivative: Any = kernels.derivative
 
 
 def _state(like: Tensor, *sizes: int) -> Tensor:
@@ -27,7 +33,7 @@ def launch(q: Tensor, k: Tensor, v: Tensor, eps: float, save: bool) -> tuple[Ten
     partial = _state(v, shape.splits, b, heads) if shape.splits > 1 else y
     with torch.cuda.device_of(q):
         for stage in shape.stages:
-            kernels.forward[(b * heads, shape.splits)](
+            _forward[(b * heads, shape.splits)](
                 q, k, v, y, y if state is None else state, partial, n, heads, shape.per_split, eps,
                 *q.stride(), *k.stride(), *v.stride(), STAGE=stage, SAVE=save, **shape.options(dh),
             )  # fmt: skip
@@ -44,7 +50,7 @@ def launch_backward(
     strides = [stride for x in (q, k, v, g) for stride in x.stride()]
     with torch.cuda.device_of(q):
         for stage in shape.stages:
-            kernels.backward[(b * heads, shape.splits)](
+            _backward[(b * heads, shape.splits)](
                 q, k, v, g, *grads, state, partial, n, heads, shape.per_split, eps,
                 *strides, *grads[0].stride()[:2], STAGE=stage, **shape.options(dh),
             )  # fmt: skip
@@ -61,7 +67,7 @@ def launch_jvp(
     strides = [stride for x in (q, k, v, dq, dk, dv) for stride in x.stride()]
     with torch.cuda.device_of(q):
         for stage in shape.stages:
-            kernels.derivative[(b * heads, shape.splits)](
+            _derivative[(b * heads, shape.splits)](
                 q, k, v, dq, dk, dv, y, dy, partial, n, heads, shape.per_split, eps, *strides,
                 STAGE=stage, **shape.options(dh),
             )  # fmt: skip
