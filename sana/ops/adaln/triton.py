@@ -91,9 +91,9 @@ def launch_norm_back(
     if dx.numel():
         with torch.cuda.device_of(x):
             norm_rows_back[(b * frames * chunks,)](
-                grad, more, x, scale, mean, rstd, dx, partial, n, d, frame, frames, chunk,
-                grad.stride(0), grad.stride(1), more.stride(0), more.stride(1), x.stride(0), x.stride(1), scale.stride(0), scale.stride(1),
-                RESIDUAL=extra is not None, BLOCK=block, num_warps=warps, num_stages=1,
+                grad, more, x, scale, mean, rstd, dx, partial, n, d, frame, frames, chunk, grad.stride(0),
+                grad.stride(1), more.stride(0), more.stride(1), x.stride(0), x.stride(1), scale.stride(0),
+                scale.stride(1), RESIDUAL=extra is not None, BLOCK=block, num_warps=warps, num_stages=1,
             )  # fmt: skip
     dshift, dscale = partial.sum(2).unbind(2)
     return dx, fresh(dshift, shift), fresh(dscale, scale)
