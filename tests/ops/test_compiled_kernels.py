@@ -18,6 +18,7 @@ from sana.ops.choice import set_kernels
 from sana.ops.depthwise_gate.op import depthwise_gate
 from sana.ops.rms_norm.op import rms_norm
 
+torch.backends.cudnn.allow_tf32 = False
 device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 def layer(x, vectors, gain, kernel, bias):

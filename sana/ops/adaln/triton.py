@@ -1,5 +1,8 @@
 """adaLN on GPUs: launches of the kernels, and what autograd and torch.compile have to know of them."""
 
+# pyright: reportCallIssue=false
+# (a launch takes num_warps and num_stages beside the kernel's own arguments)
+
 import torch
 import triton
 from torch import Tensor
