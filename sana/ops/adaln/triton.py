@@ -13,13 +13,14 @@ from sana.ops.buffer import new_empty
 from sana.ops.fresh import fresh
 
 _PROGRAMS = 528  # four for each multiprocessor of an H200
+_GATE_SHARE = 1024  # elements of a warp where nothing is summed
 _ROWS = 4  # tokens that a program of the forward kernels takes where there are plenty
 
 
-def _block(d: int) -> tuple[int, int]:
-    """Power of two that holds a row, and warps: 16 elements a thread at most in the usual widths."""
+def _block(d: int, share: int = 512) -> tuple[int, int]:
+    """Power of two that holds a row, and warps for it, of `share` elements each (up to 16 warps)."""
     block = max(triton.next_power_of_2(d), 32)
-    return block, min(max(block // 512, 1), 16)
+    return block, min(max(block // share, 1), 16)
 
 
 def _rows(tokens: int) -> int:
@@ -108,7 +109,7 @@ def launch_gate(x: Tensor, gate: Tensor, y: Tensor) -> Tensor:
     x, gate, y = _dense(x), _dense(gate), _dense(y)
     b = x.shape[0]
     out = new_empty(x, (b, n, d), _promoted(x, gate, y))
-    block, warps = _block(d)
+    block, warps = _block(d, _GATE_SHARE)
     rows = _rows(b * n)
     if out.numel():
         with torch.cuda.device_of(x):
@@ -259,12 +260,12 @@ def _cases() -> list[KernelCase]:
         types |= dict.fromkeys(("x", "y", "out", "total", "grad", "extra", "dx", "dy"), f"*{kind}:16")
         types |= dict.fromkeys(("shift", "scale", "gate"), f"*{vector}:16")
         for d in (160, 1152, 2240):
-            block, warps = _block(d)
             both = [(norm_rows, "", {"STATISTICS": True, "ROWS": _ROWS}), (norm_rows_back, "-back", {})]
             kernels = [(f, part, flags | {"RESIDUAL": False}) for f, part, flags in both]
             kernels += [(f, f"-residual{part}", flags | {"RESIDUAL": True}) for f, part, flags in both]
             kernels += [(gate_rows, "-gate", {"ROWS": _ROWS}), (gate_rows_back, "-gate-back", {})]
             for function, part, flags in kernels:
+                block, warps = _block(d, _GATE_SHARE) if function is gate_rows else _block(d)
                 signature = {name: types[name] for name in function.arg_names if name in types}
                 name = f"adaln{part}-{kind}-{vector}-{d}"
                 cases.append(KernelCase(name, function, signature, flags | {"BLOCK": block}, warps, 1, 168))
