@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from sana.nn.mix_ffn import MixFFN
+from sana.ops import choice
 from sana.types import Context, Grid
 
 
@@ -40,3 +41,26 @@ def test_step_is_forward_without_state():
     y, state = ffn.step(x, ctx, ffn.init_state(x))
     assert state is None
     assert torch.equal(y, ffn(x, ctx))
+
+
+@pytest.mark.slow
+def test_kernels_give_the_same_layer(monkeypatch):
+    """Values and all gradients by Triton (interpreted where there is no card) against float64 in plain torch."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(0)
+    ffn, grid = MixFFN(8).to(device), Grid(2, 2, 3)
+    ctx, x = Context(grid, torch.zeros(1, 2, 6, 8)), torch.randn(1, grid.tokens, 8, device=device)
+
+    def results(ffn, x):
+        x = x.requires_grad_()
+        return torch.autograd.grad(ffn(x, ctx).square().sum(), [x, *ffn.parameters()])
+
+    before = choice.chosen()
+    try:
+        choice.set_kernels("triton")
+        got = results(ffn, x)
+    finally:
+        choice.set_kernels(before)
+    for a, b in zip(got, results(ffn.double(), x.detach().double()), strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-5)

@@ -14,6 +14,11 @@ SLOW = [(1, 4, 9, 8), (2, 7, 5, 70), (1, 9, 4, 24), (1, 3, 17, 3), (3, 6, 2, 65)
 """b, h, w, c."""
 
 
+@pytest.fixture(autouse=True)
+def plain_convolutions_in_fp32(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
 def relative(got: torch.Tensor, want: torch.Tensor) -> float:
     got, want = got.detach().double().cpu(), want.detach().double().cpu()
     return float((got - want).norm() / want.norm().clamp_min(1e-30))

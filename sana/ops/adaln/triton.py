@@ -1,5 +1,8 @@
 """adaLN on GPUs: launches of the kernels, and what autograd and torch.compile have to know of them."""
 
+# pyright: reportCallIssue=false
+# (a launch takes num_warps and num_stages beside the kernel's own arguments)
+
 import torch
 import triton
 from torch import Tensor
@@ -10,13 +13,14 @@ from sana.ops.buffer import new_empty
 from sana.ops.fresh import fresh
 
 _PROGRAMS = 528  # four for each multiprocessor of an H200
+_GATE_SHARE = 1024  # elements of a warp where nothing is summed
 _ROWS = 4  # tokens that a program of the forward kernels takes where there are plenty
 
 
-def _block(d: int) -> tuple[int, int]:
-    """Power of two that holds a row, and warps: 16 elements a thread at most in the usual widths."""
+def _block(d: int, share: int = 512) -> tuple[int, int]:
+    """Power of two that holds a row, and warps for it, of `share` elements each (up to 16 warps)."""
     block = max(triton.next_power_of_2(d), 32)
-    return block, min(max(block // 512, 1), 16)
+    return block, min(max(block // share, 1), 16)
 
 
 def _rows(tokens: int) -> int:
@@ -91,9 +95,9 @@ def launch_norm_back(
     if dx.numel():
         with torch.cuda.device_of(x):
             norm_rows_back[(b * frames * chunks,)](
-                grad, more, x, scale, mean, rstd, dx, partial, n, d, frame, frames, chunk,
-                grad.stride(0), grad.stride(1), more.stride(0), more.stride(1), x.stride(0), x.stride(1), scale.stride(0), scale.stride(1),
-                RESIDUAL=extra is not None, BLOCK=block, num_warps=warps, num_stages=1,
+                grad, more, x, scale, mean, rstd, dx, partial, n, d, frame, frames, chunk, grad.stride(0),
+                grad.stride(1), more.stride(0), more.stride(1), x.stride(0), x.stride(1), scale.stride(0),
+                scale.stride(1), RESIDUAL=extra is not None, BLOCK=block, num_warps=warps, num_stages=1,
             )  # fmt: skip
     dshift, dscale = partial.sum(2).unbind(2)
     return dx, fresh(dshift, shift), fresh(dscale, scale)
@@ -105,7 +109,7 @@ def launch_gate(x: Tensor, gate: Tensor, y: Tensor) -> Tensor:
     x, gate, y = _dense(x), _dense(gate), _dense(y)
     b = x.shape[0]
     out = new_empty(x, (b, n, d), _promoted(x, gate, y))
-    block, warps = _block(d)
+    block, warps = _block(d, _GATE_SHARE)
     rows = _rows(b * n)
     if out.numel():
         with torch.cuda.device_of(x):
@@ -256,12 +260,12 @@ def _cases() -> list[KernelCase]:
         types |= dict.fromkeys(("x", "y", "out", "total", "grad", "extra", "dx", "dy"), f"*{kind}:16")
         types |= dict.fromkeys(("shift", "scale", "gate"), f"*{vector}:16")
         for d in (160, 1152, 2240):
-            block, warps = _block(d)
             both = [(norm_rows, "", {"STATISTICS": True, "ROWS": _ROWS}), (norm_rows_back, "-back", {})]
             kernels = [(f, part, flags | {"RESIDUAL": False}) for f, part, flags in both]
             kernels += [(f, f"-residual{part}", flags | {"RESIDUAL": True}) for f, part, flags in both]
             kernels += [(gate_rows, "-gate", {"ROWS": _ROWS}), (gate_rows_back, "-gate-back", {})]
             for function, part, flags in kernels:
+                block, warps = _block(d, _GATE_SHARE) if function is gate_rows else _block(d)
                 signature = {name: types[name] for name in function.arg_names if name in types}
                 name = f"adaln{part}-{kind}-{vector}-{d}"
                 cases.append(KernelCase(name, function, signature, flags | {"BLOCK": block}, warps, 1, 168))
