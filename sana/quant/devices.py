@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 
 
-@cache
 def capability(device: torch.device) -> tuple[int, int]:
     """CUDA compute capability; (0, 0) of everything else, AMD's cards included."""
     if device.type != "cuda" or torch.version.hip is not None:

@@ -36,7 +36,7 @@ def decode(codes: Tensor) -> Tensor:
 def tensor_scale(largest: Tensor) -> Tensor:
     """The fp32 scale of what is at most `largest` in size: it maps to 6 in a block of scale 448."""
     scale = largest.float() / (E4M3_LARGEST * LARGEST)
-    return torch.where(scale >= torch.finfo(torch.float32).tiny, scale, 1.0)  # whose reciprocal is finite
+    return torch.where(scale < torch.finfo(torch.float32).tiny, 1.0, scale)  # whose reciprocal is finite; NaN stays
 
 
 def quantise(x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:

@@ -26,7 +26,7 @@ def quantise_fp8_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """
     x = x.float()
     scale = x.abs().amax(dim=-1, keepdim=True) / LARGEST
-    scale = torch.where(scale > 0, scale, 1.0)
+    scale = torch.where(scale == 0, 1.0, scale)
     return (x / scale).clamp_(-LARGEST, LARGEST).to(E4M3), scale
 
 

@@ -14,6 +14,9 @@ from sana.quant.convert import convert
 from sana.quant.int8_weight import Int8WeightLinear
 from sana.quant.rows import quantise_rows
 
+CHUNK = 512
+"""Tokens at a time on CPUs: what lies between the steps of a product stays in the cache."""
+
 
 class Int8Linear(Int8WeightLinear):
     """y[m, o] = s_x[m] s_w[o] sum_k X[m, k] W[o, k] + b[o], the sum of int8 products in int32.
@@ -26,11 +29,22 @@ class Int8Linear(Int8WeightLinear):
 
     def product(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
-        codes, scale = quantise_rows(x.reshape(-1, self.in_features))
+        rows = x.reshape(-1, self.in_features)
+        if x.device.type != "cpu" or len(rows) <= CHUNK:
+            y = self._rows(rows)
+        else:
+            y = x.new_empty(len(rows), self.out_features)
+            for given, found in zip(rows.split(CHUNK), y.split(CHUNK), strict=True):
+                found.copy_(self._rows(given))
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def _rows(self, x: Tensor) -> Tensor:
+        """(m, in) -> (m, out)."""
+        codes, scale = quantise_rows(x)
         y = int_mm(codes, self.weight).float().mul_(scale).mul_(self.scale.mT)
         if self.bias is not None:
             y.add_(self.bias)
-        return y.to(x.dtype).view(*x.shape[:-1], self.out_features)
+        return y.to(x.dtype)
 
     @classmethod
     def arithmetic(cls, device: torch.device) -> str:
@@ -87,8 +101,14 @@ def _in_float(x: Tensor, weight: Tensor) -> Tensor:
     return total
 
 
-@cache
+@torch.compiler.assume_constant_result
 def _exact_on_cpu() -> bool:
+    """`_try_products`, a constant for the compiler."""
+    return _try_products()
+
+
+@cache
+def _try_products() -> bool:
     """Whether this processor sums int8 products exactly.
 
     Without VNNI (x86 before 2019), oneDNN adds pairs of products in 16 bits, which saturate, and says nothing.

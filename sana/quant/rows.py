@@ -16,7 +16,6 @@ def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     ``scale = max |x| / 127.5`` and ``codes = round(x / scale)``, ties to even.
     """
     x = x.float()
-    largest = x.abs().amax(dim=-1, keepdim=True) if x.shape[-1] else x.new_zeros(*x.shape[:-1], 1)
-    scale = largest / LEVELS
-    scale = torch.where(scale >= torch.finfo(torch.float32).tiny, scale, 1.0)  # whose reciprocal is finite
+    scale = torch.maximum(x.amax(dim=-1, keepdim=True), -x.amin(dim=-1, keepdim=True)) / LEVELS
+    scale = torch.where(scale < torch.finfo(torch.float32).tiny, 1.0, scale)  # whose reciprocal is finite; NaN stays
     return (x * scale.reciprocal()).round_().clamp_(-128, 127).to(torch.int8), scale

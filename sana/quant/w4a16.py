@@ -51,7 +51,7 @@ class W4A16Linear(QuantisedLinear):
         """Round to nearest."""
         groups = F.pad(weight, (0, -weight.shape[1] % self.group)).unflatten(1, (-1, self.group))
         scale = (groups.abs().amax(dim=2) / LEVELS).to(torch.bfloat16)
-        scale = torch.where(scale > 0, scale, 1.0)
+        scale = torch.where(scale == 0, 1.0, scale)
         codes = (groups / scale.float().unsqueeze(2)).round().clamp(-8, 7) + 8
         self.weight.copy_(pack(codes.to(torch.uint8).flatten(1)))
         self.scale.copy_(scale)

@@ -32,6 +32,7 @@ def test_codes_are_the_nearest_numbers(seed: int) -> None:
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_codes_and_scales_are_those_of_torchao(seed: int) -> None:
+    pytest.importorskip("torchao")
     from torchao.quantization.granularity import PerRow
     from torchao.quantization.quantize_.workflows.float8.float8_tensor import Float8Tensor
 

@@ -34,6 +34,7 @@ def test_packing_puts_the_even_index_low() -> None:
 @given(st.integers(1, 40), st.integers(1, 6), st.integers(0, 99), st.sampled_from([1e-6, 1.0, 1e5]), st.booleans())
 @settings(max_examples=40, deadline=None)
 def test_bits_are_those_of_torchao(m: int, blocks: int, seed: int, size: float, half: bool) -> None:
+    pytest.importorskip("torchao")
     from torchao.prototype.mx_formats.nvfp4_tensor import NVFP4Tensor, per_tensor_amax_to_scale
 
     g = torch.Generator().manual_seed(seed)
@@ -58,6 +59,7 @@ def test_bits_are_those_of_torchao(m: int, blocks: int, seed: int, size: float, 
 
 @pytest.mark.parametrize(("m", "n"), [(1, 1), (128, 4), (130, 9), (300, 70)])
 def test_tiles_of_scales_are_those_of_torchao(m: int, n: int) -> None:
+    pytest.importorskip("torchao")
     from torchao.prototype.mx_formats.utils import to_blocked
 
     scales = torch.randint(0, 120, (m, n), dtype=torch.uint8).view(torch.float8_e4m3fn)

@@ -106,6 +106,16 @@ def test_gradients_of_inputs_are_those_of_the_dequantised_weight(kind) -> None:
     torch.testing.assert_close(x.grad, upstream @ layer.dequantise(), rtol=1e-5, atol=1e-5)
 
 
+def test_layers_compile_whole(kind) -> None:
+    cls, options, _ = kind
+    torch.manual_seed(0)
+    layer, x = cls.from_linear(nn.Linear(40, 24), **options), torch.randn(20, 40)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(compiled(x), layer(x), rtol=1e-5, atol=1e-5)
+
+
 def test_casts_leave_the_stored_dtypes(kind) -> None:
     cls, options, _ = kind
     layer, x = cls.from_linear(nn.Linear(32, 20), **options), torch.randn(4, 32)
@@ -125,6 +135,18 @@ def test_zeros_stay_zero(kind) -> None:
     assert torch.equal(
         cls.from_linear(nn.Linear(32, 20, bias=False), **options)(torch.zeros(3, 32)), torch.zeros(3, 20)
     )
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_broken_activations_are_not_hidden(kind, bad: float) -> None:
+    cls, options, _ = kind
+    torch.manual_seed(0)
+    layer, x = cls.from_linear(nn.Linear(40, 24), **options), torch.randn(5, 40)
+    expected = layer(x)
+    x[2, 7] = bad
+    found = layer(x)
+    assert not found[2].isfinite().any()
+    assert torch.equal(found[[0, 1, 3, 4]], expected[[0, 1, 3, 4]])
 
 
 @pytest.mark.parametrize("size", [1e-30, 1e30])

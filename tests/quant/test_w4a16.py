@@ -41,6 +41,7 @@ def test_the_product_is_that_of_the_dequantised_weight() -> None:
 
 @pytest.mark.parametrize("group", [32, 64, 128])
 def test_error_is_that_of_torchao_s_symmetric_groups(group: int) -> None:
+    pytest.importorskip("torchao")
     from torchao.quantization.quant_primitives import (
         MappingType,
         choose_qparams_affine,
