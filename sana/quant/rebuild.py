@@ -39,6 +39,12 @@ def describe(network: nn.Module) -> dict[str, dict[str, Any]]:
     return found
 
 
+def kinds_of(network: nn.Module) -> str:
+    """The formats of a network's quantised layers, each once; "none" where it has none."""
+    kinds = (module.kind for module in network.modules() if isinstance(module, QuantisedLinear))
+    return ", ".join(dict.fromkeys(kinds)) or "none"
+
+
 def rebuild(network: nn.Module, layers: Mapping[str, Mapping[str, Any]]) -> nn.Module:
     """Replace linear layers by quantised ones without content, to load a state into; in place.
 
