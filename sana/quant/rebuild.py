@@ -13,10 +13,11 @@ from sana.quant.int8 import Int8Linear
 from sana.quant.int8_weight import Int8WeightLinear
 from sana.quant.layer import QuantisedLinear
 from sana.quant.nvfp4 import NVFP4Linear
+from sana.quant.svdquant import SVDQuantLinear
 from sana.quant.w4a16 import W4A16Linear
 
 LAYERS: Mapping[str, type[QuantisedLinear]] = {
-    layer.kind: layer for layer in (Int8WeightLinear, Int8Linear, FP8Linear, NVFP4Linear, W4A16Linear)
+    layer.kind: layer for layer in (Int8WeightLinear, Int8Linear, FP8Linear, NVFP4Linear, W4A16Linear, SVDQuantLinear)
 }
 """Every format by its name."""
 
@@ -36,6 +37,12 @@ def describe(network: nn.Module) -> dict[str, dict[str, Any]]:
     if not found:
         raise ValueError(f"{type(network).__name__} has no quantised layer")
     return found
+
+
+def kinds_of(network: nn.Module) -> str:
+    """The formats of a network's quantised layers, each once; "none" where it has none."""
+    kinds = (module.kind for module in network.modules() if isinstance(module, QuantisedLinear))
+    return ", ".join(dict.fromkeys(kinds)) or "none"
 
 
 def rebuild(network: nn.Module, layers: Mapping[str, Mapping[str, Any]]) -> nn.Module:

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sana.aspect_ratio import drawn_size
-from sana.checkpoint.record import kind_of_quant, read_quantisation
+from sana.checkpoint.record import read_quantisation
 from sana.ops.allocations import Allocations
-from sana.quant.rebuild import rebuild
+from sana.quant.rebuild import kinds_of, rebuild
 from sana.quant.report import arithmetic
 from sana.run.build import build
 from sana.run.compose import Composed
@@ -70,6 +70,7 @@ class DrawingPlan:
         images: drawn at once.
         height, width: pixels that the network draws.
         tile: side in pixels of the autoencoder's largest tile, None where it decodes the whole at once.
+        quant: format of the network's weights.
     """
 
     parts: dict[str, int]
@@ -78,6 +79,7 @@ class DrawingPlan:
     height: int
     width: int
     tile: int | None
+    quant: str = "none"
 
     @property
     def peak(self) -> int:
@@ -105,7 +107,7 @@ def make_drawing_plan(composed: Composed) -> DrawingPlan:
     ratio = autoencoder.ratio
     height, width = _size(config, ratio * network.patch)
     images = images_at_once(composed.resolved)
-    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    fake, quant = FakeTensorMode(allow_non_fake_inputs=True), kinds_of(network)
     parts = {"text encoder": text.bytes, "network": weight_bytes(network), "autoencoder": weight_bytes(autoencoder)}
     resident = {
         "text encoder": text.largest,
@@ -125,7 +127,7 @@ def make_drawing_plan(composed: Composed) -> DrawingPlan:
     working = {"text encoder": text.activations, "network": drawing, "autoencoder": decoding}
     everything = sum(parts.values())
     stages = {name: Stage(everything if config.offload == "none" else resident[name], working[name]) for name in parts}
-    return DrawingPlan(parts, stages, images, height, width, tile)
+    return DrawingPlan(parts, stages, images, height, width, tile, quant)
 
 
 def weight_bytes(module: nn.Module) -> int:
@@ -346,7 +348,10 @@ def print_drawing_plan(composed: Composed, console: Console | None = None) -> No
     table.add_column(style="bold")
     table.add_column(justify="right")
     table.add_column(style="dim")
-    what: dict[str, str] = {"network": _how(composed), "autoencoder": f"dtype.autoencoder={config.dtype.autoencoder}"}
+    what: dict[str, str] = {
+        "network": _how(config, plan),
+        "autoencoder": f"dtype.autoencoder={config.dtype.autoencoder}",
+    }
     for name, size in plan.parts.items():
         table.add_row(f"weights, {name}", _gib(size), escape(what.get(name, f"dtype.text={config.dtype.text}")))
     for name, stage in plan.stages.items():
@@ -363,16 +368,11 @@ def print_drawing_plan(composed: Composed, console: Console | None = None) -> No
         console.print(escape(line))
 
 
-def _how(composed: Composed) -> str:
+def _how(config: DictConfig, plan: DrawingPlan) -> str:
     """Precision and quantisation of the network, in words."""
-    config, asked = composed.config, composed.resolved["quant"]
-    quant = "none" if asked is None else str(asked["_target_"]).rpartition(".")[2]
-    if asked is None and not OmegaConf.is_missing(config, "ckpt"):
-        found = find_weights(str(config.ckpt))
-        stored = None if found.of_run else read_quantisation(found.path)
-        quant = quant if stored is None else f"{kind_of_quant(stored)}, as in the file"
     precision = "bf16-mixed, as a card has it" if config.precision == "auto" else config.precision
-    return f"precision={precision}, quant={quant}"
+    stored = ", as in the file" if plan.quant != "none" and config.quant is None else ""
+    return f"precision={precision}, quant={plan.quant}{stored}"
 
 
 def _gib(size: int) -> str:
