@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,6 +30,7 @@ def sample(composed: Composed) -> None:
     from sana.model.draw_requests import draw_requests
     from sana.model.load import load_weights
     from sana.model.placing import cast_parts, place_painter
+    from sana.model.quantise import quantise
     from sana.run.build import build
     from sana.run.restore import restore
 
@@ -38,8 +40,8 @@ def sample(composed: Composed) -> None:
     try:
         load_weights(module, restored.checkpoint, config.weights, config.allow_missing, config.allow_extra)
         cast_parts(module, config.precision, dtype.autoencoder, dtype.text)
-        if config.quant is not None:
-            module.network = build(config.quant, "quant")(module.network)
+        if (report := quantise(composed, restored)) is not None:
+            print(report.summary(), file=sys.stderr, flush=True)
         speed = {"bf16": restored.bf16, "graphs": config.graphs, "compile": config.compile}
         painter = place_painter(module, restored.device, config.offload, dtype.autoencoder, **speed)
         plan = {"multiple": painter.multiple} | {key: settings[key] for key in REQUEST}

@@ -56,3 +56,28 @@ def nearest_bin(height: int, width: int, size: int) -> tuple[int, int]:
         raise ValueError(f"the size must be positive, got {height}x{width}")
     bins = sampling_bins(size)
     return bins[min(bins, key=lambda ratio: abs(ratio - height / width))]
+
+
+def drawn_size(height: int, width: int, size: int, multiple: int, bins: bool) -> tuple[int, int]:
+    """(height, width) in pixels to draw for a request: that of the nearest published bin, or the request itself.
+
+    Args:
+        height, width: asked for.
+        size: nominal resolution of the model; bins are published for 512, 1024, 2048 and 4096.
+        multiple: pixels per token side.
+        bins: whether to go by bins where there are some.
+
+    Raises:
+        ValueError: without bins, a side is no multiple; the message has the nearest that is.
+    """
+    if min(height, width) < 1:
+        raise ValueError(f"a size of {width}x{height} cannot be drawn; both sides have to be positive")
+    if bins and size in NOMINAL:
+        return nearest_bin(height, width, size)
+    if height % multiple or width % multiple:
+        near = (max(multiple, round(side / multiple) * multiple) for side in (width, height))
+        raise ValueError(
+            f"{width}x{height} pixels cannot be drawn: this model draws multiples of {multiple}, "
+            f"such as {'x'.join(map(str, near))}"
+        )
+    return height, width

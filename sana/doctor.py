@@ -24,7 +24,8 @@ try:
 except ImportError:
     raise SystemExit("FAIL  packages         nothing is installed for this Python; run `make setup`") from None
 
-from sana.run.environment import cpu_flags, cpu_name, gpus, installed, memory_gib, usable_cores
+from sana.processor import cpu_flags, fast_in_bf16
+from sana.run.environment import cpu_name, gpus, installed, memory_gib, usable_cores
 
 ROOT = Path(__file__).resolve().parents[1]
 Level = Literal["OK", "WARN", "FAIL"]
@@ -34,7 +35,7 @@ EXTRAS = {
     "bitsandbytes": "8-bit optimizers",
     "flash_attn": "FlashAttention kernels of their own",
     "pandas": "runs as a DataFrame",
-    "torchao": "more kinds of quantisation",
+    "torchao": "AdamW with 8-bit moments",
 }
 MEMORY_GIB, DISK_GIB = 6.0, 5.0  # what the demo needs
 GEMMA = "gemma-2-2b-it"
@@ -139,11 +140,12 @@ def check_triton() -> Iterator[Finding]:
 
 def check_processor() -> Iterator[Finding]:
     """Cores, and bf16 arithmetic."""
-    flags = cpu_flags()
-    bf16 = sorted(flags & {"avx512_bf16", "amx_bf16", "bf16"})
+    bf16 = sorted(cpu_flags() & {"avx512_bf16", "amx_bf16", "bf16"})
     yield Finding("OK", "processor", f"{cpu_name()}, {usable_cores()} cores")
-    if bf16:
+    if bf16 and fast_in_bf16():
         yield Finding("OK", "bf16", f"{', '.join(bf16)}: the processor computes in bf16")
+    elif bf16:
+        yield Finding("OK", "bf16", f"{', '.join(bf16)} alone is slower than fp32 here: training is in fp32")
     elif not gpus():
         yield Finding("WARN", "bf16", "the processor has no bf16 arithmetic: training is in fp32 and slower")
 

@@ -66,7 +66,7 @@ def make_latents(shards: Path, channels: int = 32, side: int = 16) -> None:
     """A cache of random bf16 latents for the shards; the speed of reading does not depend on what they mean."""
     import torch
 
-    from sana.data.cache import CacheFolder, CacheKey
+    from sana.data.cache_folder import CacheFolder, CacheKey
     from sana.data.cache_write import shards_of, write_latents
     from sana.data.formats.open import open_source
 

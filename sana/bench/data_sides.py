@@ -100,7 +100,8 @@ def ours(folder: Path, size: int, batch: int, workers: int) -> Batches:
 
 def latents(folder: Path, size: int, batch: int, workers: int) -> Batches:
     """This project's loader over the cached latents of the shards; their cache is the only one in "cache"."""
-    from sana.data.cache import CacheFolder, LatentCache
+    from sana.data.cache import LatentCache
+    from sana.data.cache_folder import CacheFolder
     from sana.data.formats.open import open_source
     from sana.data.loader import MicroBatches, Samples, loader
     from sana.data.planner import plan

@@ -22,7 +22,7 @@ from sana.encoder.autoencoder.dc_ae import DCAE
 from sana.encoder.text.gemma import GemmaEncoder
 from sana.flow.grid import dpm_grid, few_step_grid
 from sana.model.generate import NOISE_SEED, Painter
-from sana.model.graphs import use_graphs
+from sana.model.use_graphs import use_graphs
 from sana.network.sana import Sana
 from sana.nn.inference import for_inference
 from sana.ops.random import normal

@@ -9,6 +9,9 @@ position table, a loss-weighting head) is kept under ``extra.`` and its native n
     facts     JSON: what is known apart from a recipe (family, flow shift, size, where the weights came from)
     weights   "ema" or "live"
     updates   number of updates that the weights have seen
+    quant     JSON, of a quantised file only. "quant": what was asked for, as in a configuration; "layers": name of a
+              layer -> its format ("kind") and the settings that it is built with, see `sana.quant.rebuild`. The file
+              holds such layers' own tensors and can be neither trained on nor converted.
 """
 
 from __future__ import annotations
@@ -34,6 +37,7 @@ class Record:
     facts: dict[str, Any] = field(default_factory=dict)
     weights: str | None = None
     updates: int | None = None
+    quant: dict[str, Any] | None = None
 
     def metadata(self) -> dict[str, str]:
         """As safetensors stores it: text by text."""
@@ -44,6 +48,8 @@ class Record:
             said["weights"] = self.weights
         if self.updates is not None:
             said["updates"] = str(self.updates)
+        if self.quant is not None:
+            said["quant"] = json.dumps(self.quant)
         return said
 
 
@@ -54,6 +60,36 @@ def read_record(path: str | Path) -> Record | None:
         CheckpointError: the file is damaged, or its record is not what this version writes.
     """
     return parse_record(read_header(path).metadata, path)
+
+
+def read_quantisation(path: str | Path) -> dict[str, Any] | None:
+    """How the weights of a file are quantised, as its record says it; None where they are not.
+
+    Raises:
+        CheckpointError: see `read_record`.
+    """
+    if Path(path).suffix != ".safetensors" or not Path(path).is_file():
+        return None
+    record = read_record(path)
+    return None if record is None else record.quant
+
+
+def check_unquantised(record: Record | None, path: str | Path) -> None:
+    """Refuse a quantised file where full precision is needed.
+
+    Raises:
+        CheckpointError: it is one.
+    """
+    if record is not None and record.quant is not None:
+        raise CheckpointError(
+            f"{path}: its weights are quantised ({kind_of_quant(record.quant)}), which serves sample.py and eval.py "
+            "only; give the weights that it was made of"
+        )
+
+
+def kind_of_quant(quant: Mapping[str, Any]) -> str:
+    """The formats in a record's `quant`, by name."""
+    return ", ".join(dict.fromkeys(str(layer["kind"]) for layer in quant["layers"].values()))
 
 
 def parse_record(metadata: Mapping[str, str], path: str | Path) -> Record | None:
@@ -71,8 +107,19 @@ def parse_record(metadata: Mapping[str, str], path: str | Path) -> Record | None
         recipe = json.loads(metadata["recipe"]) if "recipe" in metadata else None
         facts = json.loads(metadata.get("facts", "{}"))
         updates = int(metadata["updates"]) if "updates" in metadata else None
-        if not isinstance(recipe, dict | None) or not isinstance(facts, dict):
+        quant = json.loads(metadata["quant"]) if "quant" in metadata else None
+        if not isinstance(recipe, dict | None) or not isinstance(facts, dict) or not _is_quant(quant):
             raise ValueError
     except (ValueError, RecursionError):
         raise CheckpointError(f"{path}: the record in its header is damaged") from None
-    return Record(recipe, facts, metadata.get("weights"), updates)
+    return Record(recipe, facts, metadata.get("weights"), updates, quant)
+
+
+def _is_quant(quant: Any) -> bool:
+    """Whether this is a record's `quant`, or None."""
+    if quant is None:
+        return True
+    layers = quant.get("layers") if isinstance(quant, dict) else None
+    if not isinstance(layers, dict) or not layers or not isinstance(quant.get("quant"), dict):
+        return False
+    return all(isinstance(layer, dict) and isinstance(layer.get("kind"), str) for layer in layers.values())

@@ -16,7 +16,7 @@ from sana.checkpoint.facts import Facts
 from sana.checkpoint.pickled import read_pickle, state_in
 from sana.checkpoint.published import RELEASES, release_of, warning_for
 from sana.checkpoint.recognise import kind_of, recognise
-from sana.checkpoint.record import Record, parse_record
+from sana.checkpoint.record import Record, check_unquantised, parse_record
 from sana.checkpoint.run_file import Weights
 from sana.checkpoint.tensors import Tensors, join, read_safetensors, read_sharded
 from sana.checkpoint.transformer import Layout, to_ours
@@ -80,6 +80,7 @@ def open_source(path: str | Path, weights: Weights = "ema") -> Source:
         else:
             tensors, metadata = read_safetensors(path)
             record, notes = parse_record(metadata, path), []
+            check_unquantised(record, path)
         kind, layout = kind_of(tensors)
         if kind != "transformer":
             raise CheckpointError("is an autoencoder, not the network; give it as encoder.autoencoder.weights")

@@ -17,7 +17,7 @@ import xxhash
 from safetensors.torch import save
 from torch import Tensor
 
-from sana.data.cache import DTYPES, CacheFolder, caption_hash, write_whole
+from sana.data.cache_folder import DTYPES, CacheFolder, caption_hash, write_whole
 from sana.data.record import BadSample
 from sana.ops.random import uniform
 

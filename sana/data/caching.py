@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import track
 
 from sana.data.bucket import Buckets
-from sana.data.cache import CacheFolder, CacheKey
+from sana.data.cache_folder import CacheFolder, CacheKey
 from sana.data.cache_write import ShardSamples, shards_of, write_latents, write_text
 from sana.data.loader import Samples, Slot
 

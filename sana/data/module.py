@@ -17,7 +17,8 @@ from lightning import LightningDataModule
 from torch.utils.data import DataLoader
 
 from sana.data.bucket import Buckets, square
-from sana.data.cache import DTYPES, FLIPS, LatentCache, TextCache, find_cache
+from sana.data.cache import LatentCache, TextCache
+from sana.data.cache_folder import DTYPES, FLIPS, find_cache
 from sana.data.caching import Encoding, Job, latent_jobs, text_jobs
 from sana.data.caption import PowerScore, Proportion, SoftmaxScore
 from sana.data.formats.open import open_source

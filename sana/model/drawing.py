@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from sana.aspect_ratio import NOMINAL, nearest_bin
+from sana.aspect_ratio import drawn_size
 from sana.model.draw_progress import DrawProgress
 from sana.model.generate import REMEMBERED, Painter
 from sana.model.preview import Preview
@@ -62,31 +62,6 @@ class Job:
         return own | ({"metadata": dict(self.metadata)} if self.metadata else {})
 
 
-def drawn_size(height: int, width: int, size: int, multiple: int, bins: bool) -> tuple[int, int]:
-    """(height, width) in pixels to draw for a request: that of the nearest published bin, or the request itself.
-
-    Args:
-        height, width: asked for.
-        size: nominal resolution of the model; bins are published for 512, 1024, 2048 and 4096.
-        multiple: pixels per token side.
-        bins: whether to go by bins where there are some.
-
-    Raises:
-        ValueError: without bins, a side is no multiple; the message has the nearest that is.
-    """
-    if min(height, width) < 1:
-        raise ValueError(f"a size of {width}x{height} cannot be drawn; both sides have to be positive")
-    if bins and size in NOMINAL:
-        return nearest_bin(height, width, size)
-    if height % multiple or width % multiple:
-        near = (max(multiple, round(side / multiple) * multiple) for side in (width, height))
-        raise ValueError(
-            f"{width}x{height} pixels cannot be drawn: this model draws multiples of {multiple}, "
-            f"such as {'x'.join(map(str, near))}"
-        )
-    return height, width
-
-
 def plan_jobs(
     requests: Sequence[Request],
     folder: str | Path,
@@ -110,7 +85,7 @@ def plan_jobs(
         seed: of the first image of every prompt, or the seeds of all its images.
         negative: what to steer away from.
         height, width: pixels asked for; None: the other side, or `size`.
-        size, multiple, bins: see `drawn_size`.
+        size, multiple, bins: see `sana.aspect_ratio.drawn_size`.
         layout: "flat": ``<prompt>_<seed>.png``, numbered where there are several prompts. "geneval":
             ``00000/samples/00000.png``, where GenEval's own scorer looks.
 

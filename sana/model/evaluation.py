@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -17,6 +18,7 @@ from sana.metric.ranks import rank
 from sana.model.found import Lines
 from sana.model.load import load_weights, make_painter
 from sana.model.placing import hasten
+from sana.model.quantise import quantise
 from sana.run.build import build, build_all
 from sana.run.compose import Composed
 from sana.run.error import ConfigError
@@ -96,8 +98,8 @@ def drawing_of(composed: Composed, restored: Restored, lines: Lines | None) -> d
     config = composed.config
     allowed = list(config.allow_missing), list(config.allow_extra)
     load_weights(restored.module, restored.checkpoint, config.weights, *allowed)
-    if config.quant is not None:
-        restored.module.network = build(config.quant, "quant")(restored.module.network)
+    if (report := quantise(composed, restored)) is not None and on_first_rank():
+        print(report.summary(), file=sys.stderr, flush=True)
     speed: dict[str, Any] = {"bf16": restored.bf16, "graphs": config.graphs, "compile": config.compile}
     painter = hasten(make_painter(restored.module, restored.device), **speed)
     sampler = build(config.sampler, "sampler")

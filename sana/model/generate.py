@@ -38,6 +38,8 @@ class Painter:
         autocast_decoder: whether a surrounding autocast also holds for the autoencoder.
 
     Attributes:
+        rows: called instead of the text encoder's `rows`, such as those of `sana.model.text_graphs.TextGraphs`; None:
+            those.
         velocity: called instead of the network, such as `sana.model.graphs.NetworkGraphs`; None: the network.
         pixels: called instead of the autoencoder's `decode`; None: that.
     """
@@ -53,6 +55,7 @@ class Painter:
     ) -> None:
         self.network, self.autoencoder, self.text_encoder = network, autoencoder, text_encoder
         self.null_like, self.offload, self.autocast_decoder = null_like, offload, autocast_decoder
+        self.rows: Callable[..., list[Tensor]] | None = None
         self.velocity: Callable[..., Tensor] | None = None
         self.pixels: Callable[[Tensor], Tensor] | None = None
         self._rows: OrderedDict[str, Tensor] = OrderedDict()
@@ -163,7 +166,7 @@ class Painter:
         missing = [p for p in dict.fromkeys(prompts) if p not in self._rows]
         if missing:
             with self._using(self.text_encoder):
-                rows = self.text_encoder.rows(missing)
+                rows = (self.rows or self.text_encoder.rows)(missing)
             if self.offload is not None:  # the device has better use for its memory
                 rows = [row.cpu() for row in rows]
             self._rows.update(zip(missing, rows, strict=True))

@@ -13,13 +13,12 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from sana.model.generate import Painter
 from sana.ops.choice import chosen
 from sana.types import Edits, Prepared, Times
 
@@ -33,7 +32,7 @@ DECODED_PIXELS = 1 << 20
 """The same for decoding: one image of 1024 x 1024."""
 SHARE = 0.25
 """Of the free memory that decoding may take in a graph, where it stays taken."""
-WARM_UPS = 3
+WARM_UPS = 1
 
 _logger = logging.getLogger(__name__)
 NO_EDITS = Edits()
@@ -102,6 +101,8 @@ class Graphs:
         self._capture = capture
         self._any_device = capture is not None
         self._refused: set[Hashable] = set()
+        holders = [holder for part in module.modules() for holder in (part._parameters, part._buffers)]
+        self._held = [(holder, name) for holder in holders for name in holder]  # walking the modules takes too long
         self._places = self._addresses()
 
     def possible(self, x: Tensor) -> bool:
@@ -150,8 +151,8 @@ class Graphs:
                 self._capture = None  # a pool of memory ends with its last graph
 
     def _addresses(self) -> list[tuple[int, int]]:
-        held = (*self.module.parameters(), *self.module.buffers())
-        return [(id(x), x.data_ptr() if type(x) in (Tensor, nn.Parameter) else 0) for x in held]
+        tensors: list[Any] = [holder[name] for holder, name in self._held]
+        return [(id(x), x.data_ptr() if type(x) in (Tensor, nn.Parameter) else 0) for x in tensors]
 
 
 class NetworkGraphs:
@@ -170,7 +171,7 @@ class NetworkGraphs:
 
     def __call__(self, x: Tensor, t: Tensor, prepared: Prepared, edits: Edits = NO_EDITS) -> Tensor:
         """As the network; where a graph cannot serve or would not help, by the network."""
-        pixels = x.shape[0] * x[0, 0].numel()
+        pixels = x.numel() // x.shape[1]
         if not self.graphs.possible(x) or edits.residual or pixels > LATENT_PIXELS:
             return self.network(x, t, prepared, edits)
         key = (_form(x), _form(t), _forms(prepared), edits.identity_attention, self._mode(x))
@@ -231,7 +232,7 @@ class DecoderGraphs:
     def _too_large(self, key: Hashable, latents: Tensor) -> bool:
         """Whether decoding is in tiles, takes too much of the memory, or long enough to hide its launches."""
         if key not in self._large:
-            pixels = latents.shape[0] * latents[0, 0].numel() * self.autoencoder.ratio**2
+            pixels = latents.numel() // latents.shape[1] * self.autoencoder.ratio**2
             tiled = getattr(self.autoencoder, "blending", None) is not None
             if not tiled and pixels <= DECODED_PIXELS:
                 plan = self.autoencoder.plan("decode", latents)
@@ -239,15 +240,6 @@ class DecoderGraphs:
                 tiled = any(segment.tile for segment in plan.segments) or plan.bytes > SHARE * free
             self._large[key] = tiled or pixels > DECODED_PIXELS
         return self._large[key]
-
-
-def use_graphs(painter: Painter, graphs: Literal["auto", False]) -> Painter:
-    """Let a painter draw by graphs where it can: "auto" on CUDA with everything in place, False never."""
-    if graphs == "auto" and painter.offload is None and painter.device.type == "cuda":
-        painter.velocity = NetworkGraphs(painter.network)
-        if hasattr(painter.autoencoder, "plan"):
-            painter.pixels = DecoderGraphs(painter.autoencoder)
-    return painter
 
 
 def padded(prepared: Prepared, multiple: int = LENGTH) -> Prepared:

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from sana.metric.ranks import shared, world
+from sana.model.calibration import prompts_of
 from sana.model.draw_progress import DrawProgress
 from sana.model.evaluation import on_first_rank
 from sana.model.generate import Painter
@@ -22,17 +23,11 @@ from sana.run.compose import Composed
 from sana.run.environment import describe_git, fast_precision
 from sana.run.error import ConfigError
 from sana.run.importance import NAME, Importance, read_importance, same_settings, write_importance
-from sana.run.prompts import read_prompts
 from sana.run.restore import restore
 from sana.run.runs import find_weights
 from sana.run.saved import training
 from sana.run.sidecar import file_digest
 from sana.sampler.guided import Sampler, Step
-from sana.scenes import eval_prompts
-
-PHOTOGRAPHS = Path(__file__).with_name("calibration.txt")
-COUNT = 100  # of the prompts that come along
-OF_SCENES = "sana.data.module.ScenesData"
 
 
 def importance_of(composed: Composed) -> tuple[Importance, Path, bool]:
@@ -54,7 +49,7 @@ def importance_of(composed: Composed) -> tuple[Importance, Path, bool]:
     settings = {
         "digest": _on_first(lambda: file_digest(found.path)),
         "weights": "ema",
-        "prompts": prompts_of(composed, trained),
+        "prompts": prompts_of(composed, trained.config),
         "sampler": composed.resolved["sampler"],
         "size": int(config.size),
         "seed": int(config.seed),
@@ -126,25 +121,6 @@ def measure(
         if progress is not None:
             progress.close()
     return values_of(torch.tensor(sums, dtype=torch.float64).sum(0))
-
-
-def prompts_of(composed: Composed, trained: Composed) -> list[str]:
-    """The calibration prompts: those that are given, or 100 of the kind that the network learnt.
-
-    Raises:
-        ConfigError: they cannot be read, or say what is not used here.
-    """
-    given = composed.resolved["prompt"]
-    if given is None:
-        if trained.config.data.get("_target_") == OF_SCENES:
-            return [line["prompt"] for line in eval_prompts(-(-COUNT // 6), 0)][:COUNT]
-        return PHOTOGRAPHS.read_text(encoding="utf-8").splitlines()
-    requests = read_prompts(given)
-    for request in requests:
-        for name in ("seed", "negative", "width", "height"):
-            if getattr(request, name) is not None:
-                raise ConfigError(f"prompt: {request.prompt[:40]!r} has {name}, which has no effect here; leave it out")
-    return [request.prompt for request in requests]
 
 
 def _kept(folder: Path, settings: dict[str, Any]) -> Importance | None:

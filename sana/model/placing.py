@@ -9,11 +9,11 @@ from torch import nn
 
 from sana.model.compile_gate import use_compiled
 from sana.model.generate import Painter
-from sana.model.graphs import use_graphs
 from sana.model.load import make_painter
 from sana.model.offload import Offload
 from sana.model.text_to_image import TextToImage
-from sana.nn.inference import cast_products
+from sana.model.use_graphs import use_graphs
+from sana.nn.inference import LINEAR, cast_products
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -68,7 +68,7 @@ def hasten(
 
     Args:
         painter: with its parts in their final types and places; changed in place.
-        bf16: it draws under autocast to bf16, so the weights of its blocks are cast once instead of at every call.
+        bf16: it draws under autocast to bf16, so the weights of blocks and decoder are cast once, not at every call.
         graphs: see `use_graphs`.
         compile: see `use_compiled`.
 
@@ -76,7 +76,9 @@ def hasten(
         ValueError: compile with offload.
     """
     if bf16:
-        cast_products(painter.network.blocks, torch.bfloat16)
+        cast_products(painter.network.blocks, LINEAR, torch.bfloat16)
+        if painter.autocast_decoder and isinstance(decoder := getattr(painter.autoencoder, "decoder", None), nn.Module):
+            cast_products(decoder, (nn.Conv2d,), torch.bfloat16)
     return use_compiled(use_graphs(painter, graphs), compile)
 
 

@@ -8,18 +8,21 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from sana.processor import fast_in_bf16
+
 # torch multiplies fp32 matrices with MKL. oneDNN, which it uses for bf16 and for convolutions, is 5 to 20 % faster at
 # the shapes of SANA on AMD processors (experiments/bench_sample); this operator of torch's compiler reaches it.
 _ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
 
 
 class InferenceLinear(nn.Linear):
-    """`nn.Linear` whose fp32 product on CPUs is oneDNN's where no derivative is taken; else as it was."""
+    """`nn.Linear`, for CPUs where no derivative is taken: products in fp32 are oneDNN's, and those in bf16 are taken in
+    fp32 and rounded where the processor is slower in bf16; else as it was."""
 
     def forward(self, x: Float[Tensor, "*b i"]) -> Float[Tensor, "*b o"]:
         if (
-            _ONEDNN is None
-            or not x.dtype == self.weight.dtype == torch.float32
+            x.dtype != self.weight.dtype
+            or x.dtype not in (torch.float32, torch.bfloat16)
             or not x.device.type == self.weight.device.type == "cpu"
             or torch.is_grad_enabled()
             or forward_ad._current_level >= 0
@@ -27,18 +30,35 @@ class InferenceLinear(nn.Linear):
             or torch.compiler.is_compiling()
         ):
             return F.linear(x, self.weight, self.bias)
-        return _ONEDNN(x, self.weight, self.bias, "none", [], "")
+        if x.dtype == torch.float32:
+            return _product(x, self.weight, self.bias)
+        if fast_in_bf16():
+            return F.linear(x, self.weight, self.bias)
+        bias = None if self.bias is None else self.bias.float()
+        return _product(x.float(), self.weight.float(), bias).to(x.dtype)
 
 
-def cast_products(blocks: nn.Module, dtype: torch.dtype) -> None:
-    """Cast the linear layers of blocks, in place, to the type that a surrounding autocast to `dtype` casts them to at
-    every call: the numbers stay the same, the time and the memory of the casts are saved.
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return F.linear(x, weight, bias) if _ONEDNN is None else _ONEDNN(x, weight, bias, "none", [], "")
 
-    Only for blocks that use them under that autocast and without gradients. Layers of another class keep what they are,
-    as do weights of a type of their own (quantised ones).
+
+LINEAR: tuple[type[nn.Module], ...] = (nn.Linear, InferenceLinear)
+
+
+def cast_products(part: nn.Module, kinds: tuple[type[nn.Module], ...], dtype: torch.dtype) -> None:
+    """Cast layers of a part, in place, to the type that a surrounding autocast to `dtype` casts them to at every call:
+    the numbers stay the same, the time and the memory of the casts are saved.
+
+    Only for a part that uses them under that autocast and without gradients. Layers of another class keep what they
+    are, as do weights of a type of their own (quantised ones).
+
+    Args:
+        part: such as the blocks of a network.
+        kinds: exact classes of the layers that autocast covers; `LINEAR`, for instance.
+        dtype: of the autocast.
     """
-    for layer in blocks.modules():
-        if type(layer) in (nn.Linear, InferenceLinear):
+    for layer in part.modules():
+        if type(layer) in kinds:
             for parameter in layer.parameters(recurse=False):
                 if type(parameter.data) is Tensor and parameter.dtype == torch.float32:
                     parameter.data = parameter.data.to(dtype)

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from sana.nn.linear import Linear
 from sana.nn.norm import RMSNorm
-from sana.ops.linear_attention.naive import causal_relu_linear_attention, relu_linear_attention
+from sana.ops.linear_attention.naive import causal_relu_linear_attention
+from sana.ops.linear_attention.op import relu_linear_attention, relu_linear_attention_packed
 from sana.types import Context, Grid, State
 
 
@@ -60,6 +61,9 @@ class LinearAttention(nn.Module):
                 f"{type(self).__name__} attends in both directions of time and cannot continue a stream; "
                 "give all frames at once, or build the blocks with CausalLinearAttention"
             )
+        if isinstance(self.q_norm, nn.Identity):  # queries, keys and values stay in one buffer, gradients as well
+            heads = self.width // self.head_dim
+            return self.proj(relu_linear_attention_packed(self.qkv(x), heads, self.eps)), ()
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in self._qkv(x))
         return self.proj(relu_linear_attention(q, k, v, self.eps).flatten(2)), ()
 

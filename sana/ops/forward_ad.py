@@ -13,16 +13,6 @@ def taken() -> bool:
     return forward_ad._current_level >= 0
 
 
-def alone(*tensors: Tensor) -> bool:
-    """Whether it is the only derivative that is asked for: one level, not under torch.compile, nothing recorded.
-
-    An op may then take tensors apart with `unpack`, and give back `forward_ad.make_dual`.
-    """
-    if torch.compiler.is_compiling() or eager_transforms.JVP_NESTING > 1:
-        return False
-    return not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
-
-
 def unpack(*tensors: Tensor) -> tuple[list[Tensor], list[Tensor] | None]:
     """Values and tangents; None where none of them has one, and zeros without memory where some have."""
     duals = [forward_ad.unpack_dual(x) for x in tensors]
@@ -33,3 +23,23 @@ def unpack(*tensors: Tensor) -> tuple[list[Tensor], list[Tensor] | None]:
         value.new_zeros(()).expand(value.shape) if dual.tangent is None else dual.tangent
         for value, dual in zip(values, duals, strict=True)
     ]
+
+
+def alone(*tensors: Tensor) -> bool:
+    """Whether no other derivative is asked for: one forward level, none backward, and not under torch.compile.
+
+    Then an op may compute with what `unpack` gave, and give back `forward_ad.make_dual` of the results.
+
+    Args:
+        tensors: values and tangents.
+    """
+    if torch.compiler.is_compiling() or eager_transforms.JVP_NESTING > 1:
+        return False
+    return not (torch.is_grad_enabled() and any(_recorded(x) for x in tensors))
+
+
+def _recorded(x: Tensor) -> bool:
+    """Whether autograd records this tensor, or one that transforms of torch.func wrapped in it."""
+    while not x.requires_grad and torch._C._functorch.is_functorch_wrapped_tensor(x):
+        x = torch._C._functorch.get_unwrapped(x)
+    return x.requires_grad

@@ -13,6 +13,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from sana.processor import fast_in_bf16
+
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = (
     "torch",
@@ -106,17 +108,6 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def cpu_flags() -> frozenset[str]:
-    """Instruction-set flags of the processor, as Linux names them; empty elsewhere."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith(("flags", "Features")):
-                return frozenset(line.split(":", 1)[1].split())
-    except OSError:
-        pass
-    return frozenset()
-
-
 def usable_cores() -> int:
     """Processor cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -144,12 +135,12 @@ def peak_rss_gib() -> float:
 
 def fast_precision() -> str:
     """Lightning's name of the precision that this machine is fast in: "bf16-mixed" where its GPUs, or without
-    GPU its processor, have bf16 arithmetic, else "32-true"."""
+    GPU its processor, are fast in bf16, else "32-true"."""
     cards = gpus()
     if cards:
         fast = all(float(card.get("compute_cap") or 0) >= 8.0 for card in cards)
     else:
-        fast = bool(cpu_flags() & {"avx512_bf16", "amx_bf16", "bf16"})
+        fast = fast_in_bf16()
     return "bf16-mixed" if fast else "32-true"
 
 

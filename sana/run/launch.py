@@ -1,4 +1,4 @@
-"""The command line of train.py, sample.py, eval.py and scripts/importance.py: help, compose, check, plan, sweep, run.
+"""The command line of train.py, sample.py, eval.py and some of scripts/: help, compose, check, plan, sweep, run.
 
 Until a configuration has passed its check nothing heavy is imported: help and refusals take a second.
 """
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 Task = Callable[["Composed"], int | None]
 
 # Settings that are prose: what stands behind the sign is the text, commas and quotes included.
-PROSE = {"sample": ("prompt", "negative"), "importance": ("prompt",)}
-FILES = {"importance": "scripts/importance.py"}  # of other entries it is <entry>.py
+PROSE = {"sample": ("prompt", "negative"), "importance": ("prompt",), "quantise": ("prompt",)}
+FILES = {"importance": "scripts/importance.py", "quantise": "scripts/quantise.py"}  # of other entries it is <entry>.py
 QUOTED = re.compile(r"""\"(?:[^\"\\]|\\.)*\"|'(?:[^'\\]|\\.)*'|\[.*\]""", re.DOTALL)
 SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|API_?KEY|CREDENTIAL", re.IGNORECASE)
 FAILED = 1  # exit code: the run began and failed, and one line says why
@@ -44,7 +44,12 @@ python train.py --rerun runs/tiny/2026-01-31_12-00-00_0      the same settings a
 python sample.py ckpt=runs/tiny/2026-01-31_12-00-00_0 prompt="a red circle left of a blue square" n=8
 python sample.py ckpt=... prompt=prompts.txt n=4 out=pictures grid=true      (stop it and run it again: it goes on)
 python sample.py ckpt=... prompt=prompts.jsonl best_of=32 keep=4 judge=verifier judge.weights=PATH out=chosen
-python sample.py ckpt=... prompt="..." width=1920 height=1080 sampler=flow_euler sampler.pag_scale=2""",
+python sample.py ckpt=... prompt="..." width=1920 height=1080 sampler=flow_euler sampler.pag_scale=2
+python sample.py dry_run=true recipe=image/sana_1600m_1024px quant=int8_weight     (what memory it takes, anywhere)""",
+    "quantise": """\
+python scripts/quantise.py ckpt=scenes quant=int8_weight out=scenes_int8.safetensors
+python sample.py ckpt=scenes_int8.safetensors prompt="a red circle left of a blue square"
+python scripts/quantise.py ckpt=... quant=svdquant_w4a4 prompt=prompts.txt out=FILE.safetensors""",
     "eval": """\
 python eval.py ckpt=runs/tiny/2026-01-31_12-00-00_0
 python eval.py ckpt=... metric=[geneval_scenes,fid_scenes] sampler.steps=10
@@ -111,7 +116,7 @@ def launch(entry: str, task: Task, arguments: Sequence[str] | None = None) -> in
     """Run an entry point.
 
     Args:
-        entry: "train", "sample", "eval" or "importance"; conf/<entry>.yaml is composed.
+        entry: "train", "sample", "eval", "importance" or "quantise"; conf/<entry>.yaml is composed.
         task: does the work, given a configuration that passed the check.
         arguments: the command line, sys.argv's where None.
 
@@ -169,6 +174,11 @@ def _run(entry: str, task: Task, given: Arguments) -> int:
         from sana.run.plan import print_plan
 
         print_plan(composed)
+        return 0
+    if entry == "sample" and composed.config.dry_run:
+        from sana.run.drawing_plan import print_drawing_plan
+
+        print_drawing_plan(composed)
         return 0
     if entry == "train" and is_first_rank():
         from sana.run.plan import switches

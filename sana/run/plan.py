@@ -214,15 +214,22 @@ def _parts(tensor: torch.Tensor) -> list[torch.Tensor]:
 def text_parameters(node: DictConfig) -> int | None:
     """Parameters of the text encoder from the numbers of its configuration, or None where they are not
     here."""
+    numbers = text_numbers(node)
+    return None if numbers is None else gemma2_parameters(numbers)
+
+
+def text_numbers(node: DictConfig) -> dict[str, Any] | None:
+    """The numbers of the text encoder's configuration, by the names of transformers' Gemma2Config; None where they are
+    not here."""
     path = node.get("path")
     if path is None:
         with torch.device("meta"):
-            return _count(build(node, "encoder.text"))
+            return build(node, "encoder.text").model.config.to_dict()
     folder = Path(__file__).resolve().parents[2] / path
     for file in (Path(path) / "config.json", folder / "config.json", folder / "text_encoder" / "config.json"):
         if file.is_file():
-            return gemma2_parameters(json.loads(file.read_text(encoding="utf-8")))
-    return gemma2_parameters(GEMMA_2_2B) if "gemma-2-2b" in str(path).lower() else None
+            return json.loads(file.read_text(encoding="utf-8"))
+    return GEMMA_2_2B if "gemma-2-2b" in str(path).lower() else None
 
 
 def gemma2_parameters(numbers: dict[str, Any]) -> int:

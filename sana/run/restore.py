@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
+from sana.checkpoint.record import read_quantisation
 from sana.ops.choice import set_kernels
 from sana.run.build import build
 from sana.run.compose import Composed
@@ -33,6 +34,7 @@ class Restored:
         run: the directory of their run, or one under runs/loaded for weights that come without a run.
         device: where to draw.
         bf16: whether autocast to bf16 is on while drawing.
+        quant: how the checkpoint is quantised, as its record says it; None where it is not.
     """
 
     module: Any
@@ -41,6 +43,7 @@ class Restored:
     run: Path
     device: torch.device
     bf16: bool
+    quant: dict[str, Any] | None = None
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The precision of drawing."""
@@ -54,7 +57,7 @@ class Restored:
             "guidance": sampler["guidance"],
             "sampler": sampler,
             "weights": composed.config.weights,
-            "quant": composed.resolved["quant"],
+            "quant": composed.resolved["quant"] or (self.quant or {}).get("quant"),
             "precision": "bf16" if self.bf16 else "fp32",
             "checkpoint": file_digest(self.checkpoint),
             "commit": (describe_git()[0] or {}).get("commit"),
@@ -85,7 +88,7 @@ def restore(composed: Composed) -> Restored:
     bf16 = precision == "bf16-mixed"
     if "autoencoder" in config:
         _limit_memory(module.frozen.autoencoder, config, bf16)
-    return Restored(module, recipe, found.path, found.home, device, bf16)
+    return Restored(module, recipe, found.path, found.home, device, bf16, read_quantisation(found.path))
 
 
 def choose_device(name: str) -> torch.device:

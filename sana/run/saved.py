@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from sana.checkpoint.error import CheckpointError
 from sana.checkpoint.published import RELEASES, warning_for
-from sana.checkpoint.record import read_record
+from sana.checkpoint.record import kind_of_quant, read_quantisation, read_record
 from sana.run.compose import Composed, compose, masked_environment, parse_override, show
 from sana.run.error import ConfigError
+from sana.run.groups import list_options
 from sana.run.lineage import AUTO
 from sana.run.older import current
 from sana.run.recipe import training_of
@@ -45,7 +46,7 @@ def prepare(entry: str, overrides: Sequence[str] = (), *, rerun: str | Path | No
     if rerun is not None:
         overrides = [*overrides_of(rerun), *overrides]
     composed = compose(entry, overrides)
-    planned = entry == "train" and composed.config.get("dry_run") is True
+    planned = composed.config.get("dry_run") is True
     if entry == "eval" and composed.config.get("images") is not None:
         _check_images_only(composed)
     elif entry != "train":
@@ -120,6 +121,30 @@ def training(found: Found, recipe: str | None = None) -> Composed:
     return composed
 
 
+def training_behind(config: DictConfig) -> Composed:
+    """The training configuration behind what a command draws with: of its `ckpt`; or, where only the plan is asked for
+    and there are no weights, that of `recipe`, the name of an experiment or of a model in conf/.
+
+    Args:
+        config: of sample.py, eval.py or a tool like them.
+
+    Raises:
+        ConfigError: neither is given, or one leads nowhere.
+    """
+    planned, recipe = config.get("dry_run") is True, config.get("recipe")
+    if not OmegaConf.is_missing(config, "ckpt") and config.ckpt is not None:
+        return training(find_weights(str(config.ckpt)), recipe)
+    if planned and recipe is not None:
+        for group in ("experiment", "model"):
+            if recipe in list_options(group):
+                return compose("train", [f"{group}={recipe}"])
+        known = ", ".join([*list_options("experiment"), *list_options("model")])
+        raise ConfigError(f"recipe: there is no experiment or model {recipe}; there are {known}")
+    other = ", or images=FOLDER to score what was made elsewhere" if "images" in config else ""
+    other = ", or recipe=NAME to plan without weights" if planned else other
+    raise ConfigError(f"ckpt: has to be given: a checkpoint, or the directory of a run{other}")
+
+
 def fill_from_run(composed: Composed) -> Composed:
     """Sampling and evaluation: take the flow shift, the size and the sampler of training where none is given.
 
@@ -127,12 +152,11 @@ def fill_from_run(composed: Composed) -> Composed:
         ConfigError: `ckpt` is not given or leads to no run.
     """
     config = composed.config.copy()
-    if OmegaConf.is_missing(config, "ckpt") or config.ckpt is None:
-        other = ", or images=FOLDER to score what was made elsewhere" if composed.entry == "eval" else ""
-        raise ConfigError(f"ckpt: has to be given: a checkpoint, or the directory of a run{other}")
-    saved = training(find_weights(str(config.ckpt)), config.get("recipe")).config
+    saved = training_behind(config).config
+    _check_quantised_once(composed)
     if saved.get("timestep") is None or saved.get("sampler") is None:
-        raise ConfigError(f"ckpt: {config.ckpt} is {saved.model._target_}, which does not draw from prompts")
+        named = "recipe" if OmegaConf.is_missing(config, "ckpt") or config.ckpt is None else "ckpt"
+        raise ConfigError(f"{named}: {config[named]} is {saved.model._target_}, which does not draw from prompts")
     OmegaConf.set_struct(config, False)
     if config.get("size") is None:
         config.size = saved.size
@@ -145,6 +169,21 @@ def fill_from_run(composed: Composed) -> Composed:
         if shifted and not _set_on_command_line(composed, "sampler.grid.shift"):
             OmegaConf.update(config, "sampler.grid.shift", "${timestep.shift}")
     return Composed(composed.entry, config, composed.overrides)
+
+
+def _check_quantised_once(composed: Composed) -> None:
+    """Refuse to quantise what is.
+
+    Raises:
+        ConfigError: the checkpoint is quantised and `quant` is given.
+    """
+    config = composed.config
+    if config.get("quant") is None or OmegaConf.is_missing(config, "ckpt") or config.ckpt is None:
+        return
+    found = find_weights(str(config.ckpt))
+    quant = None if found.of_run else read_quantisation(found.path)
+    if quant is not None and composed.entry != "quantise":  # which has a line of its own
+        raise ConfigError(f"quant: {config.ckpt} is quantised already ({kind_of_quant(quant)}); leave quant out")
 
 
 def _check_images_only(composed: Composed) -> None:

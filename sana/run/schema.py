@@ -21,7 +21,10 @@ from sana.run.settings import ELSEWHERE
 from sana.run.signature import Parameter, Signature, UnknownTargetError, all_targets, find_signature
 
 SETTINGS = "sana.run.settings"
-SECTIONS = {"train": "Train", "sample": "Sample", "eval": "Eval", "importance": "Importance", "sweep": "Sweep"}
+SECTIONS = {
+    "train": "Train", "sample": "Sample", "eval": "Eval", "importance": "Importance", "quantise": "Quantise",
+    "sweep": "Sweep",
+}  # fmt: skip
 OF_HYDRA = {"_target_", "_partial_", "_convert_", "_recursive_"}
 Problem = tuple[Key, str]  # where, and the line
 CLASSES = {"Run", "Encoder", "Timestep", "Dtype", "Autoencoder"}  # of sana.run.settings

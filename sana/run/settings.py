@@ -135,6 +135,8 @@ class Sample:
         best_of: candidates per prompt, of which `judge` chooses; null draws without choosing.
         keep: how many are kept, best first; null is 1.
         keep_all: keep all candidates as well, in the folder "pool", where another judge can look at them.
+        dry_run: print the memory that drawing would take instead of drawing; needs no prompt (one image is planned)
+            and, with `recipe`, no weights.
         size: nominal resolution of the model; null takes the size of training.
         width, height: pixels of the images; null is size.
         bins: draw at the nearest of the published sizes (512, 1024, 2048, 4096 px), then resize and crop.
@@ -154,7 +156,8 @@ class Sample:
         precision: of the network: "auto", "bf16-mixed", "bf16-true" (weights too) or "32-true".
         dtype: of the encoders.
         weights: the averaged ("ema") or the last ("live") weights of the network.
-        recipe: experiment of conf/ that weights without a run were trained like.
+        recipe: experiment of conf/ that weights without a run were trained like; with dry_run and without weights,
+            an experiment or a model.
         allow_missing, allow_extra: names or patterns of tensors that the checkpoint may lack or have over.
         judge: who chooses with `best_of`; null without.
     """
@@ -168,6 +171,7 @@ class Sample:
     best_of: int | None
     keep: int | None
     keep_all: bool
+    dry_run: bool
     size: int | None
     width: int | None
     height: int | None
@@ -285,6 +289,43 @@ class Importance:
     batch_size: int
     device: str
     precision: Literal["auto", "bf16-mixed", "32-true"]
+    recipe: str | None
+    allow_missing: list[str]
+    allow_extra: list[str]
+    timestep: Timestep
+    sampler: Node
+
+
+@dataclass
+class Quantise:
+    """Keys of conf/quantise.yaml.
+
+    Attributes:
+        ckpt: as for sample.py, in full precision.
+        quant: the quantisation.
+        out: the file to write, new; its report goes beside it.
+        prompt: what errors are measured on, and what is calibrated on where the quantisation calibrates: a list of
+            texts, or a .txt, .json or .jsonl file; null: some of those that scripts/importance.py has.
+        seed: of the noise of the first prompt; the others have seed + 1, ...
+        size: pixels of a side; null takes the size of training.
+        batch_size: prompts per call of the network.
+        device: "auto", or a torch device.
+        precision: of the network, while errors are measured.
+        weights: the averaged ("ema") or the last ("live") weights of the network.
+        recipe: experiment of conf/ that weights without a run were trained like.
+        allow_missing, allow_extra: names or patterns of tensors that the checkpoint may lack or have over.
+    """
+
+    ckpt: str
+    quant: Node | None
+    out: str
+    prompt: str | list[str] | None
+    seed: int
+    size: int | None
+    batch_size: int
+    device: str
+    precision: Literal["auto", "bf16-mixed", "32-true"]
+    weights: Literal["ema", "live"]
     recipe: str | None
     allow_missing: list[str]
     allow_extra: list[str]

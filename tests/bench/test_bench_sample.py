@@ -12,8 +12,8 @@ import torch
 
 from sana.bench.__main__ import main
 from sana.bench.clock import Clock
-from sana.bench.roofline import Rates, denoiser_bytes
 from sana.bench.parts import SIZES
+from sana.bench.roofline import Rates, denoiser_bytes
 from sana.bench.sides import Work, make_both, make_ours, make_theirs
 
 ROOT = Path(__file__).resolve().parents[2]

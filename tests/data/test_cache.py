@@ -15,7 +15,8 @@ import torch
 from safetensors.torch import load
 from torch import Tensor
 
-from sana.data.cache import CacheFolder, CacheKey, LatentCache, StaleCacheError, TextCache, find_cache
+from sana.data.cache import LatentCache, TextCache
+from sana.data.cache_folder import CacheFolder, CacheKey, StaleCacheError, find_cache
 from sana.data.cache_write import ShardSamples, shards_of, write_latents, write_text
 from sana.data.record import BadSample
 

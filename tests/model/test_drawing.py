@@ -12,12 +12,12 @@ import pytest
 import torch
 from PIL import Image
 
-from sana.aspect_ratio import nearest_bin
+from sana.aspect_ratio import drawn_size, nearest_bin
 from sana.encoder.autoencoder.dc_ae import DCAE
 from sana.encoder.text.gemma_random import gemma_random
 from sana.flow.grid import dpm_grid
 from sana.model.draw_progress import DrawProgress
-from sana.model.drawing import Job, draw_grid, draw_jobs, drawn_size, plan_jobs
+from sana.model.drawing import Job, draw_grid, draw_jobs, plan_jobs
 from sana.model.found import find_images
 from sana.model.generate import Painter
 from sana.model.preview import Preview

@@ -18,11 +18,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from sana.encoder.autoencoder.dc_ae import DCAE
+from sana.encoder.text.gemma import GemmaEncoder
 from sana.encoder.text.gemma_random import gemma_random
 from sana.flow.grid import dpm_grid
 from sana.model import graphs
 from sana.model.generate import Painter
-from sana.model.graphs import DecoderGraphs, NetworkGraphs, padded, use_graphs
+from sana.model.graphs import DecoderGraphs, NetworkGraphs, padded
+from sana.model.text_graphs import TextGraphs
+from sana.model.use_graphs import use_graphs
 from sana.network.sana import Sana
 from sana.nn.block import Block
 from sana.nn.cross_attention import CrossAttention
@@ -293,6 +296,26 @@ def test_a_painter_draws_the_same_with_graphs(painter, guidance, interval):
     kinds = 2 + (guidance != 1.0) - (interval == (0.0, 1.0) and guidance != 1.0)  # alone, pair, perturbed
     assert (capture.count, decode.count) == (kinds, 1)
     painter.velocity = painter.pixels = None
+
+
+@pytest.mark.parametrize("instruction", [None, "say what you see: "])
+def test_features_of_prompts_by_graph(instruction):
+    parts = gemma_random(64, 2, dtype="float32")
+    encoder = GemmaEncoder.from_parts(parts.model, parts.tokenizer, 100, instruction, trim=True)
+    capture = StandIn()
+    by_graph = TextGraphs(encoder, capture)
+    prompts = ["a red circle", "two blue squares and a star", "", "a ring " * 13, "a star"]
+    for _ in range(2):
+        for got, want in zip(by_graph.rows(prompts), encoder.rows(prompts), strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    assert capture.count == 2, "two lengths"
+    alone, among = by_graph.rows([prompts[1]])[0], by_graph.rows(prompts[::-1])[3]
+    assert torch.equal(alone, among), "features of a prompt depend on it alone"
+    encoder.model.config.sliding_window = 20
+    by_graph = TextGraphs(encoder, capture := StandIn())
+    for got, want in zip(by_graph.rows(prompts), encoder.rows(prompts), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    assert capture.count == 1, "what is longer than the window goes the usual way"
 
 
 def test_decoding_by_graph(painter, monkeypatch):

@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
-from sana.model.importance import PHOTOGRAPHS, importance_of
+from sana.model.calibration import PHOTOGRAPHS
+from sana.model.importance import importance_of
 from sana.model.load import load_weights, make_painter
 from sana.run.build import build
 from sana.run.error import ConfigError

@@ -8,6 +8,7 @@ from __future__ import annotations
 import weakref
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -83,6 +84,12 @@ def homes(painter: Painter) -> list[int]:
     return [x.data_ptr() for part in parts for x in part.parameters()]
 
 
+def nearly_equal(a: np.ndarray, b: np.ndarray) -> bool:
+    """oneDNN's depthwise convolution sums in an order that depends on where weights lie in memory: 1e-7, which may
+    turn one level of one pixel."""
+    return np.abs(a.astype(int) - b).max() <= 1 and (a != b).mean() < 0.01
+
+
 @pytest.mark.parametrize("quantised", [False, True])
 @pytest.mark.parametrize("mode", ["model", "sequential"])
 def test_the_same_picture_and_everything_back_home(mode, quantised):
@@ -90,10 +97,10 @@ def test_the_same_picture_and_everything_back_home(mode, quantised):
     device = Device()
     mine = painter(Offload(mode, "cpu", device), quantised)
     before = homes(mine)
-    assert (mine.draw(*WORK, negative="blurry") == want).all()
+    assert nearly_equal(mine.draw(*WORK, negative="blurry"), want)
     assert homes(mine) == before
     assert device.alive == 0
-    assert (mine.draw(*WORK, negative="blurry") == want).all()
+    assert nearly_equal(mine.draw(*WORK, negative="blurry"), want)
 
 
 def test_one_part_at_a_time():

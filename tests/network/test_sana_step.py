@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sana.network.sana import Sana
 from sana.nn.block import Block
 from sana.nn.cross_attention import CrossAttention
-from sana.nn.inference import cast_products
+from sana.nn.inference import LINEAR, cast_products
 from sana.nn.linear_attention import LinearAttention
 from sana.nn.mix_ffn import MixFFN
 from sana.types import Condition, Prepared
@@ -90,7 +90,7 @@ def test_weights_cast_before_give_the_bits_of_autocast(qk_norm):
         text = prepared(net)
         with Launches() as before:
             want = net(*latents(), text)
-        cast_products(net.blocks, torch.bfloat16)  # type: ignore[arg-type]
+        cast_products(net.blocks, LINEAR, torch.bfloat16)
         text = prepared(net)
         with Launches() as after:
             got = net(*latents(), text)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from sana.nn.inference import InferenceLinear, for_inference
+from sana.processor import fast_in_bf16
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -24,6 +25,37 @@ def test_product_against_float64(shape, bias, seed):
         got = fast(x)
     assert got.dtype == torch.float32
     torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("fast", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+def test_products_in_bf16_are_as_exact_whichever_way_they_are_taken(fast, bias, monkeypatch):
+    monkeypatch.setattr("sana.nn.inference.fast_in_bf16", lambda: fast)
+    torch.manual_seed(3)
+    plain = nn.Sequential(nn.Linear(257, 31, bias=bias)).bfloat16()
+    x = torch.randn(2, 9, 257).bfloat16()
+    want = copy.deepcopy(plain).double()(x.double())
+    with torch.no_grad():
+        theirs, ours = plain(x), for_inference(copy.deepcopy(plain))(x)
+    assert ours.dtype == torch.bfloat16
+    error, bar = ((y.double() - want).norm() / want.norm() for y in (ours, theirs))
+    assert error <= 1.05 * bar
+    assert error < 3e-3, "rounding of the result to eight bits"
+
+
+@pytest.mark.parametrize(
+    ("vendor", "flags", "fast"),
+    [
+        ("GenuineIntel", "avx2 avx512_bf16", False),
+        ("GenuineIntel", "avx512_bf16 amx_tile amx_bf16", True),
+        ("AuthenticAMD", "avx512_bf16", True),
+        ("AuthenticAMD", "avx2", False),
+        ("", "asimd bf16", True),
+    ],
+)
+def test_processors_that_are_fast_in_bf16(vendor, flags, fast, monkeypatch):
+    monkeypatch.setattr("sana.processor.cpu_facts", lambda: {"vendor_id": vendor, "flags": flags})
+    assert fast_in_bf16.__wrapped__() is fast
 
 
 def test_parts_of_a_larger_tensor_are_read_in_place():
@@ -70,7 +102,7 @@ def test_gradients_and_forward_derivatives_are_those_of_linear():
     assert got.abs().max() > 0
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
 def test_other_dtypes_and_autocast_are_those_of_linear(dtype):
     torch.manual_seed(2)
     plain = nn.Sequential(nn.Linear(6, 4)).to(dtype)

@@ -34,25 +34,6 @@ def test_equals_convolutions_with_gradients(grid, seed):
         torch.testing.assert_close(a, c, rtol=1e-9, atol=1e-11)
 
 
-def test_depthwise_layout_is_channels_last_both_ways():
-    ffn, grid = MixFFN(8), Grid(2, 4, 5)
-    layouts = {}
-
-    def forward(module, arguments, out):
-        layouts["in"] = arguments[0].is_contiguous(memory_format=torch.channels_last)
-        layouts["out"] = out.is_contiguous(memory_format=torch.channels_last)
-
-    def backward(module, grad_in, grad_out):
-        layouts["grad_in"] = grad_in[0].is_contiguous(memory_format=torch.channels_last)
-        layouts["grad_out"] = grad_out[0].is_contiguous(memory_format=torch.channels_last)
-
-    ffn.depthwise.register_forward_hook(forward)
-    ffn.depthwise.register_full_backward_hook(backward)
-    x = torch.randn(3, grid.tokens, 8, requires_grad=True)
-    ffn(x, Context(grid, torch.zeros(3, 2, 6, 8))).square().sum().backward()
-    assert layouts == {"in": True, "out": True, "grad_in": True, "grad_out": True}
-
-
 def test_step_is_forward_without_state():
     ffn, ctx = MixFFN(8), Context(Grid(1, 2, 3), torch.zeros(1, 1, 6, 8))
     x = torch.randn(1, 6, 8)

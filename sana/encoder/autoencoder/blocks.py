@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from sana.ops.depthwise_gate.op import depthwise_gate
-from sana.ops.linear_attention.naive import relu_attention_answer, relu_attention_sums, relu_linear_attention
+from sana.ops.linear_attention.naive import relu_attention_answer, relu_attention_sums
+from sana.ops.linear_attention.op import relu_linear_attention
 from sana.ops.rms_norm import naive
 from sana.ops.rms_norm.naive import Activation
 from sana.ops.rms_norm.op import rms_norm

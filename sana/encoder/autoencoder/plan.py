@@ -7,18 +7,15 @@ besides (Python, torch, other models) and what a library allocates inside one ca
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from sana.encoder.autoencoder.tiles import Layer, Segment, around, fields, largest, split, sums_of, through
+from sana.ops.allocations import Allocations
 
 TILES = (4096, 3072, 2048, 1536, 1024, 768, 512, 384, 256, 192, 128, 64)  # sides in pixels, tried in this order
 _KEPT = 4  # a map is kept whole between two segments where that takes at most a fourth of the budget
@@ -157,42 +154,6 @@ class _Ledger:
         """The most bytes that a function of a map has allocated at once."""
         with torch.no_grad(), self.mode:
             x = torch.empty(source.shape, dtype=source.dtype, device=self.device, memory_format=torch.channels_last)
-            with _Allocations() as allocations:
+            with Allocations() as allocations:
                 walk(x)
             return allocations.peak
-
-
-class _Allocations(TorchDispatchMode):
-    """Adds up the tensors that are made under it while they live.
-
-    Attributes:
-        live: bytes now.
-        peak: most bytes so far.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live = self.peak = 0
-        self._known: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for leaf in tree_leaves((args, kwargs)):
-            if isinstance(leaf, Tensor):
-                self._known.add(leaf.untyped_storage()._cdata)  # of the inputs: a result may be a view of them
-        result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor):
-                self._count(leaf.untyped_storage())
-        return result
-
-    def _count(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        if key not in self._known:
-            self._known.add(key)
-            self.live += size
-            self.peak = max(self.peak, self.live)
-            weakref.finalize(storage, self._free, key, size)
-
-    def _free(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.live -= size

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -191,12 +191,22 @@ class GemmaEncoder(nn.Module):
         return Condition(text=features, mask=mask)
 
     @torch.no_grad()
-    def rows(self, captions: Sequence[str], instruct: bool = True) -> list[Float[Tensor, "k c"]]:
+    def rows(
+        self,
+        captions: Sequence[str],
+        instruct: bool = True,
+        hidden: Callable[[Tensor, _Prefix | None], Tensor] | None = None,
+    ) -> list[Float[Tensor, "k c"]]:
         """Features of each caption's own tokens, which depend on the caption alone, to the last bit.
 
         Each caption is computed by itself (with a cache: in chunks of a constant shape), so neither padding nor company
         shows in them: what a picture needs that shall be the same in any batch. A caption that occurs twice is computed
-        once. Arguments as in `encode`.
+        once.
+
+        Args:
+            captions, instruct: as in `encode`.
+            hidden: computes what `hidden` does, in another way; not used where features come from the cache, nor for
+                what is longer than the model's sliding window.
 
         Returns:
             One (k, channels) per caption, k = its tokens with BOS, at most `max_tokens`.
@@ -207,8 +217,28 @@ class GemmaEncoder(nn.Module):
         found = {}
         for text in dict.fromkeys(texts):
             ids, mask = self._tokenise([prefix + text], prefix, longest=True)
-            found[text] = self._run(ids, mask, prefix)[0][0]
+            usual = hidden is None or ids.shape[1] > self._window
+            found[text] = self._run(ids, mask, prefix)[0][0] if usual else self._alone(ids, prefix, hidden)[0]
         return [found[text] for text in texts]
+
+    @torch.no_grad()
+    def hidden(self, ids: Int[Tensor, "1 n"], prefix: _Prefix | None) -> Float[Tensor, "1 n c"]:
+        """Last hidden states of a sequence without padding, or of what follows the prefix; within the sliding window.
+
+        Nothing in it waits for the device or depends on numbers there, so it can be recorded in a CUDA graph: the masks
+        are made here, where transformers would look whether it needs them.
+        """
+        n, before = ids.shape[1], 0
+        more: dict[str, Any] = {"use_cache": False}
+        if prefix is not None:
+            before, more = len(prefix.ids), {"past_key_values": self._keys_values(prefix, 1), "use_cache": True}
+        place = torch.arange(before + n, device=ids.device)
+        unseen = place > place[before:, None]
+        bias = torch.zeros_like(unseen, dtype=self.model.dtype).masked_fill_(unseen, torch.finfo(self.model.dtype).min)
+        masks = dict.fromkeys(("full_attention", "sliding_attention"), bias[None, None])
+        with torch.autocast(ids.device.type, enabled=False):
+            out = self.model(input_ids=ids, attention_mask=masks, position_ids=place[None, before:], **more)
+        return out.last_hidden_state
 
     @torch.no_grad()
     def padded(self, caption: str, instruct: bool = False) -> Condition:
@@ -293,6 +323,22 @@ class GemmaEncoder(nn.Module):
                 features[usual] = self._after(known, ids[usual], mask[usual])
             return features, mask[:, rows]
 
+    @property
+    def _window(self) -> int:
+        """Tokens that a layer of the model may look back at, all layers being alike up to this length."""
+        return getattr(self.model.config, "sliding_window", None) or 2**31
+
+    def _alone(
+        self, ids: Int[Tensor, "1 n"], prefix: str, hidden: Callable[[Tensor, _Prefix | None], Tensor]
+    ) -> Float[Tensor, "1 l c"]:
+        """Features of BOS and of what follows the prefix, of one caption without padding."""
+        start = self._start if prefix else 1
+        if prefix and ids.shape[1] > start:
+            known = self._read_prefix()
+            if bool((ids[0, :start] == known.ids).all()):
+                return torch.cat([known.first, hidden(ids[:, start:], known)], dim=1)
+        return hidden(ids, None)[:, [0, *range(start, ids.shape[1])]]
+
     def _hidden(self, ids: Int[Tensor, "b n"], mask: Bool[Tensor, "b n"]) -> Float[Tensor, "b n c"]:
         return self.model(input_ids=ids, attention_mask=mask.long(), use_cache=False).last_hidden_state
 
@@ -305,15 +351,21 @@ class GemmaEncoder(nn.Module):
 
     def _after(self, prefix: _Prefix, ids: Int[Tensor, "b n"], mask: Bool[Tensor, "b n"]) -> Float[Tensor, "b l c"]:
         """Features of BOS and of the tokens after the prefix, whose keys and values are not computed again."""
-        b, cache = len(ids), copy.copy(prefix.cache)
-        # Shared by all rows and by all calls: an update makes new tensors and leaves these as they are.
-        cache.layers = [copy.copy(layer) for layer in cache.layers]
-        for layer in cache.layers:
-            layer.keys, layer.values = (x.expand(b, -1, -1, -1) for x in (layer.keys, layer.values))
+        b, cache = len(ids), self._keys_values(prefix, len(ids))
         rest = self.model(
             input_ids=ids[:, len(prefix.ids) :], attention_mask=mask.long(), past_key_values=cache, use_cache=True
         ).last_hidden_state
         return torch.cat([prefix.first.expand(b, -1, -1), rest], dim=1)
+
+    @staticmethod
+    def _keys_values(prefix: _Prefix, b: int) -> Any:
+        """Those of the prefix for b rows, which all rows and calls share: an update makes new tensors and leaves these
+        as they are."""
+        cache = copy.copy(prefix.cache)
+        cache.layers = [copy.copy(layer) for layer in cache.layers]
+        for layer in cache.layers:
+            layer.keys, layer.values = (x.expand(b, -1, -1, -1) for x in (layer.keys, layer.values))
+        return cache
 
     def _cached_rows(self, texts: list[str], prefix: str) -> list[Float[Tensor, "k c"]]:
         """Each caption's rows from the cache, or computed in chunks of constant shape."""

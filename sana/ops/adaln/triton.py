@@ -1,7 +1,5 @@
 """adaLN on GPUs: launches of the kernels, and what autograd and torch.compile have to know of them."""
 
-from __future__ import annotations
-
 import torch
 import triton
 from torch import Tensor
@@ -67,11 +65,13 @@ def launch_norm(
     block, warps = _block(d)
     rows = _rows(b * n)
     if out.numel():
-        norm_rows[(b * frames * triton.cdiv(frame, rows),)](
-            x, other, shift, scale, out, total, mean, rstd, n, d, frame, frames, x.stride(0), x.stride(1),
-            other.stride(0), other.stride(1), shift.stride(0), shift.stride(1), scale.stride(0), scale.stride(1), eps,
-            RESIDUAL=y is not None, STATISTICS=statistics, ROWS=rows, BLOCK=block, num_warps=warps, num_stages=1,
-        )  # fmt: skip
+        with torch.cuda.device_of(x):
+            norm_rows[(b * frames * triton.cdiv(frame, rows),)](
+                x, other, shift, scale, out, total, mean, rstd, n, d, frame, frames, x.stride(0), x.stride(1),
+                other.stride(0), other.stride(1), shift.stride(0), shift.stride(1), scale.stride(0), scale.stride(1),
+                eps, RESIDUAL=y is not None, STATISTICS=statistics, ROWS=rows, BLOCK=block, num_warps=warps,
+                num_stages=1,
+            )  # fmt: skip
     return out, total, mean, rstd
 
 
@@ -89,11 +89,12 @@ def launch_norm_back(
     partial = new_empty(x, (b, frames, chunks, 2, d), torch.float32)
     block, warps = _block(d)
     if dx.numel():
-        norm_rows_back[(b * frames * chunks,)](
-            grad, more, x, scale, mean, rstd, dx, partial, n, d, frame, frames, chunk, grad.stride(0), grad.stride(1),
-            more.stride(0), more.stride(1), x.stride(0), x.stride(1), scale.stride(0), scale.stride(1),
-            RESIDUAL=extra is not None, BLOCK=block, num_warps=warps, num_stages=1,
-        )  # fmt: skip
+        with torch.cuda.device_of(x):
+            norm_rows_back[(b * frames * chunks,)](
+                grad, more, x, scale, mean, rstd, dx, partial, n, d, frame, frames, chunk,
+                grad.stride(0), grad.stride(1), more.stride(0), more.stride(1), x.stride(0), x.stride(1), scale.stride(0), scale.stride(1),
+                RESIDUAL=extra is not None, BLOCK=block, num_warps=warps, num_stages=1,
+            )  # fmt: skip
     dshift, dscale = partial.sum(2).unbind(2)
     return dx, fresh(dshift, shift), fresh(dscale, scale)
 
@@ -107,10 +108,11 @@ def launch_gate(x: Tensor, gate: Tensor, y: Tensor) -> Tensor:
     block, warps = _block(d)
     rows = _rows(b * n)
     if out.numel():
-        gate_rows[(b * frames * triton.cdiv(frame, rows),)](
-            x, gate, y, out, n, d, frame, frames, x.stride(0), x.stride(1), gate.stride(0), gate.stride(1),
-            y.stride(0), y.stride(1), ROWS=rows, BLOCK=block, num_warps=warps, num_stages=1,
-        )  # fmt: skip
+        with torch.cuda.device_of(x):
+            gate_rows[(b * frames * triton.cdiv(frame, rows),)](
+                x, gate, y, out, n, d, frame, frames, x.stride(0), x.stride(1), gate.stride(0), gate.stride(1),
+                y.stride(0), y.stride(1), ROWS=rows, BLOCK=block, num_warps=warps, num_stages=1,
+            )  # fmt: skip
     return out
 
 
@@ -125,10 +127,11 @@ def launch_gate_back(grad: Tensor, gate: Tensor, y: Tensor) -> tuple[Tensor, Ten
     partial = new_empty(y, (b, frames, chunks, d), torch.float32)
     block, warps = _block(d)
     if dy.numel():
-        gate_rows_back[(b * frames * chunks,)](
-            grad, dense, y, dy, partial, n, d, frame, frames, chunk, grad.stride(0), grad.stride(1), dense.stride(0),
-            dense.stride(1), y.stride(0), y.stride(1), BLOCK=block, num_warps=warps, num_stages=1,
-        )  # fmt: skip
+        with torch.cuda.device_of(y):
+            gate_rows_back[(b * frames * chunks,)](
+                grad, dense, y, dy, partial, n, d, frame, frames, chunk, grad.stride(0), grad.stride(1),
+                dense.stride(0), dense.stride(1), y.stride(0), y.stride(1), BLOCK=block, num_warps=warps, num_stages=1,
+            )  # fmt: skip
     return dy, fresh(partial.sum(2), gate)
 
 

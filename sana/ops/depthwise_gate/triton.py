@@ -8,8 +8,6 @@ the special-function unit as much as the memory. All sums are fp32.
 
 # ruff: noqa: RUF005
 # Triton's compiler knows sums of tuples, but no unpacking into one.
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl
@@ -194,7 +192,7 @@ def convolve_back(
                 place = u + image * stride_b + (y * w + x + 1).to(tl.int64) * stride_n + channel
                 mask = channel < tl.where((y < h) & (x + 1 < end), c, 0)
                 a = tl.load(place, mask=mask, other=0.0).to(tl.float32)
-                below = place + w.to(tl.int64) * stride_n
+                below = place + tl.cast(w, tl.int64) * stride_n
                 mask = channel < tl.where((y + 1 < h) & (x + 1 < end), c, 0)
                 b = tl.load(below, mask=mask, other=0.0).to(tl.float32)
                 p, q = _sigmoids(a, b)
@@ -251,10 +249,11 @@ def launch_forward(u: Tensor, weight: Tensor, bias: Tensor, h: int, w: int) -> T
     others = triton.cdiv(c, BLOCK) * images * triton.cdiv(h, ROWS)
     segment = _segment(w, others)
     if out.numel():
-        convolve_and_gate[(others * triton.cdiv(w, segment),)](
-            u, weight, bias.contiguous(), u, out, h, w, c, u.stride(0), u.stride(1), 0, 0, segment,
-            BACKWARD=False, ROWS=ROWS, BLOCK=BLOCK, num_warps=WARPS, num_stages=1,
-        )  # fmt: skip
+        with torch.cuda.device_of(u):
+            convolve_and_gate[(others * triton.cdiv(w, segment),)](
+                u, weight, bias.contiguous(), u, out, h, w, c, u.stride(0), u.stride(1), 0, 0, segment,
+                BACKWARD=False, ROWS=ROWS, BLOCK=BLOCK, num_warps=WARPS, num_stages=1,
+            )  # fmt: skip
     return out
 
 
@@ -272,20 +271,22 @@ def launch_backward(
         return du, torch.zeros_like(weight), torch.zeros_like(bias)
     blocks = triton.cdiv(c, BLOCK)
     segment = _segment(w, blocks * strips)
-    convolve_and_gate[(blocks * strips * triton.cdiv(w, segment),)](
-        u, taps, bias.contiguous(), grad, mixed, h, w, c, u.stride(0), u.stride(1), grad.stride(0), grad.stride(1),
-        segment, BACKWARD=True, ROWS=ROWS, BLOCK=BLOCK, num_warps=WARPS, num_stages=1,
-    )  # fmt: skip
+    with torch.cuda.device_of(u):
+        convolve_and_gate[(blocks * strips * triton.cdiv(w, segment),)](
+            u, taps, bias.contiguous(), grad, mixed, h, w, c, u.stride(0), u.stride(1), grad.stride(0), grad.stride(1),
+            segment, BACKWARD=True, ROWS=ROWS, BLOCK=BLOCK, num_warps=WARPS, num_stages=1,
+        )  # fmt: skip
     blocks = triton.cdiv(channels, BLOCK)
     segment = _segment(w, blocks * strips)
     items = strips * triton.cdiv(w, segment)
     group = max(1, blocks * items // (2 * _PROGRAMS))
     turns = triton.cdiv(items, group)
     partial = new_empty(u, (turns, 10, channels), torch.float32)
-    convolve_back[(blocks * turns,)](
-        u, taps, mixed, du, partial, h, w, channels, images, u.stride(0), u.stride(1), segment, group,
-        ROWS=ROWS, BLOCK=BLOCK, num_warps=WARPS, num_stages=1,
-    )  # fmt: skip
+    with torch.cuda.device_of(u):
+        convolve_back[(blocks * turns,)](
+            u, taps, mixed, du, partial, h, w, channels, images, u.stride(0), u.stride(1), segment, group,
+            ROWS=ROWS, BLOCK=BLOCK, num_warps=WARPS, num_stages=1,
+        )  # fmt: skip
     sums = partial.sum(0)
     return du, fresh(sums[:9].mT, weight), fresh(sums[9], bias)
 

@@ -28,7 +28,7 @@ def _case(function, dh: int, dtype: torch.dtype, stage: int) -> KernelCase:
             signature[argument] = "i32"
         elif argument == "eps":
             signature[argument] = "fp32"
-        elif argument == "per_split" or argument[-1:] in STRIDES and len(argument) > 1:
+        elif argument == "per_split" or (argument[-1:] in STRIDES and len(argument) > 1):
             signature[argument] = "i32:16"
         elif argument in ("qd", "kd", "vd", "gd", "tqd", "tkd", "tvd"):
             constexprs[argument] = 1
@@ -40,4 +40,4 @@ def _case(function, dh: int, dtype: torch.dtype, stage: int) -> KernelCase:
 
 _EVERY = (kernels.forward, kernels.backward, kernels.derivative)
 KERNELS = [_case(function, 32, dtype, stage) for function in _EVERY for dtype in TYPES for stage in (0, 1, 2)]
-KERNELS += [_case(function, dh, dtype, 0) for function in _EVERY for dtype in TYPES for dh in (16, 64, 128)]
+KERNELS += [_case(function, dh, dtype, 0) for function in _EVERY for dtype in TYPES for dh in (16, 64)]

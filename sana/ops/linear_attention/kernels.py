@@ -42,7 +42,7 @@ def relu(x):
 def halves(s, TYPE: tl.constexpr):
     """Two terms whose sum is s, for `times` with inputs of TYPE; those of bf16 keep 16 of its 24 bits."""
     high, low = s, s
-    if TYPE == tl.bfloat16:
+    if tl.bfloat16 == TYPE:
         high = rounded(s, TYPE)
         low = rounded(s - high.to(tl.float32), TYPE)
     return high, low

@@ -13,10 +13,7 @@ from sana.ops import forward_ad as derivative
 from sana.ops.choice import use_triton
 from sana.ops.direct import direct
 from sana.ops.linear_attention import naive
-
-WIDEST = 128
-"""Channels per head that the kernels hold in registers; wider heads are computed in plain torch."""
-
+from sana.ops.linear_attention.plan import WIDEST
 
 def relu_linear_attention(
     q: Float[Tensor, "b n heads dh"],
@@ -26,7 +23,7 @@ def relu_linear_attention(
 ) -> Float[Tensor, "b n heads dh"]:
     """Every token attends to every token, see `naive.relu_linear_attention`; the result has the type of v.
 
-    Inputs may lie in memory in any order. Derivatives: reverse, forward (one level), or both by plain torch.
+    Inputs may lie in memory in any order; heads wider than 64 are computed in plain torch. Derivatives: reverse, forward (one level), or both by plain torch.
     """
     if not _kernels(q, k, v):
         return naive.relu_linear_attention(q, k, v, eps)
@@ -35,11 +32,11 @@ def relu_linear_attention(
     out, dtype = v.dtype, reduce(torch.promote_types, (x.dtype for x in (q, k, v)))
     q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     if derivative.taken():
-        if not derivative.alone(q, k, v):
+        values, tangents = derivative.unpack(q, k, v)
+        if tangents is not None and not derivative.alone(*values, *tangents):
             return naive.relu_linear_attention(q, k, v, eps).to(out)
-        (q, k, v), tangents = derivative.unpack(q, k, v)
         if tangents is not None:
-            return forward_ad.make_dual(*relu_linear_attention_jvp(q, k, v, *tangents, eps)).to(out)
+            return forward_ad.make_dual(*relu_linear_attention_jvp(*values, *tangents, eps)).to(out)
     if direct(q, k, v):
         return triton.launch(q, k, v, eps, save=False)[0].to(out)
     return triton.attention(q, k, v, eps)[0].to(out)

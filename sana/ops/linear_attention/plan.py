@@ -19,11 +19,13 @@ STAGES = 3
 
 
 ROWS = {
-    "forward": {2: (128, 128, 64, 32), 4: (64, 64, 32, 16)},
-    "backward": {2: (64, 64, 32, 16), 4: (32, 32, 16, 16)},
-    "derivative": {2: (64, 64, 32, 16), 4: (32, 32, 16, 16)},
+    "forward": {torch.bfloat16: (128, 128, 64), torch.float16: (128, 128, 32), torch.float32: (64, 64, 32)},
+    "backward": {torch.bfloat16: (64, 64, 32), torch.float16: (32, 32, 16), torch.float32: (32, 16, 16)},
+    "derivative": {torch.bfloat16: (64, 64, 32), torch.float16: (32, 32, 16), torch.float32: (32, 32, 16)},
 }
-"""Tokens of a tile by kernel and bytes of a number, for heads of 16, 32, 64 and 128 channels: without spills."""
+"""Tokens of a tile by kernel and type, for heads of up to 16, 32 and 64 channels: the most without spills."""
+WIDEST = 64
+"""Channels per head that the kernels hold in registers."""
 
 
 class Plan(NamedTuple):
@@ -42,13 +44,13 @@ class Plan(NamedTuple):
     def options(self, dh: int) -> dict[str, int]:
         """Of a launch for heads of dh channels."""
         sizes = {"DH": dh, "BLOCK_N": self.block_n, "BLOCK_D": self.block_d}
-        return sizes | {"num_warps": 8 if self.block_d == 128 else 4, "num_stages": STAGES}
+        return sizes | {"num_warps": 8 if self.block_d == 64 else 4, "num_stages": STAGES}
 
 
 def plan(kernel: str, b: int, n: int, heads: int, dh: int, dtype: torch.dtype) -> Plan:
     """The shape of a launch, from a small table: nothing is measured at run time."""
     block_d = max(16, 1 << (dh - 1).bit_length())
-    block_n = ROWS[kernel][dtype.itemsize][block_d.bit_length() - 5]
+    block_n = ROWS[kernel][dtype][block_d.bit_length() - 5]
     splits = max(1, min(-(-PROGRAMS // (b * heads)), -(-n // TOKENS), SPLITS))
     per_split = -(-n // (splits * block_n)) * block_n
     return Plan(-(-n // per_split), per_split, block_n, block_d)

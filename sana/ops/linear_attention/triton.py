@@ -11,6 +11,7 @@ from sana.ops.linear_attention.cases import KERNELS as KERNELS
 from sana.ops.linear_attention.naive import unpack
 from sana.ops.linear_attention.plan import plan
 
+
 def _state(like: Tensor, *sizes: int) -> Tensor:
     """States of (*sizes) heads, see `kernels`."""
     dh = like.shape[-1]

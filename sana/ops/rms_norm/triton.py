@@ -5,8 +5,6 @@ of rows and keeps what they add to the gradients of gain and bias; the programs'
 reduction.
 """
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl
@@ -152,11 +150,12 @@ def launch(
         rows //= 2
     warps = min(warps, max(rows * block // 512, 1))
     if out.numel():
-        norm_rows[(triton.cdiv(count, rows),)](
-            flat, weight, weight if bias is None else bias, added, out, rstd, count, d, flat.stride(0),
-            added.stride(0), eps, BIAS=bias is not None, ACTIVATION=activation or "", RESIDUAL=residual is not None,
-            STATISTICS=statistics, ROWS=rows, BLOCK=block, num_warps=warps, num_stages=1,
-        )  # fmt: skip
+        with torch.cuda.device_of(x):
+            norm_rows[(triton.cdiv(count, rows),)](
+                flat, weight, weight if bias is None else bias, added, out, rstd, count, d, flat.stride(0),
+                added.stride(0), eps, BIAS=bias is not None, ACTIVATION=activation or "", RESIDUAL=residual is not None,
+                STATISTICS=statistics, ROWS=rows, BLOCK=block, num_warps=warps, num_stages=1,
+            )  # fmt: skip
     return out, rstd
 
 
@@ -175,11 +174,12 @@ def launch_back(
     programs = triton.cdiv(count, run)
     partial = new_empty(x, (programs, 2 if bias is not None else 1, d), torch.float32)
     if dx.numel():
-        norm_rows_back[(programs,)](
-            grad, flat, weight, weight if bias is None else bias, rstd, dx, partial, count, d, run, grad.stride(0),
-            flat.stride(0), BIAS=bias is not None, ACTIVATION=activation or "", ROWS=rows, BLOCK=block,
-            num_warps=warps, num_stages=1,
-        )  # fmt: skip
+        with torch.cuda.device_of(x):
+            norm_rows_back[(programs,)](
+                grad, flat, weight, weight if bias is None else bias, rstd, dx, partial, count, d, run, grad.stride(0),
+                flat.stride(0), BIAS=bias is not None, ACTIVATION=activation or "", ROWS=rows, BLOCK=block,
+                num_warps=warps, num_stages=1,
+            )  # fmt: skip
     sums = partial.sum(0)
     return dx, fresh(sums[0], weight), new_empty(x, (0,)) if bias is None else fresh(sums[1], bias)
 

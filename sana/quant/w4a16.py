@@ -1,0 +1,94 @@
+"""W4A16: 4-bit weights with a scale per group of inputs; activations keep their 16 or 32 bits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sana.quant.convert import convert
+from sana.quant.layer import QuantisedLinear
+from sana.quant.nibbles import pack, unpack
+
+LEVELS = 7.5
+"""Half the range of 4 bits: nothing is further than about half a step from its code, -8 to 7."""
+
+
+class W4A16Linear(QuantisedLinear):
+    """A linear layer with symmetric 4-bit weights, dequantised for each product: an eighth of fp32's memory.
+
+    In a group of inputs of one output channel, ``scale = max |W| / 7.5`` rounded to bf16, and
+    ``code = round(W / scale)`` in -8 ... 7; a group of zeros has scale 1.
+
+    Attributes:
+        weight: (out, k / 2) uint8, two codes + 8 per byte, k the inputs filled up to a multiple of the group.
+        scale: (out, k / group) bfloat16.
+        group: inputs that share a scale.
+    """
+
+    kind: ClassVar[str] = "w4a16"
+    weight: Tensor
+    scale: Tensor
+
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool, device: torch.device | str | None = None, group: int = 64
+    ) -> None:
+        super().__init__(in_features, out_features, bias, device)
+        if group < 2 or group % 2:
+            raise ValueError(f"w4a16: group={group} must be an even number of inputs, such as 64 or 128")
+        self.group, groups = group, -(-in_features // group)
+        self.register_buffer("weight", torch.empty(out_features, groups * group // 2, dtype=torch.uint8, device=device))
+        self.register_buffer("scale", torch.empty(out_features, groups, dtype=torch.bfloat16, device=device))
+
+    def settings(self) -> dict[str, Any]:
+        """For `empty`."""
+        return {"group": self.group}
+
+    def quantise(self, weight: Tensor) -> None:
+        """Round to nearest."""
+        groups = F.pad(weight, (0, -weight.shape[1] % self.group)).unflatten(1, (-1, self.group))
+        scale = (groups.abs().amax(dim=2) / LEVELS).to(torch.bfloat16)
+        scale = torch.where(scale == 0, 1.0, scale)
+        codes = (groups / scale.float().unsqueeze(2)).round().clamp(-8, 7) + 8
+        self.weight.copy_(pack(codes.to(torch.uint8).flatten(1)))
+        self.scale.copy_(scale)
+
+    def dequantise(self) -> Tensor:
+        """(out, in) float32."""
+        codes = unpack(self.weight).unflatten(1, (-1, self.group)).float() - 8
+        return (codes * self.scale.float().unsqueeze(2)).flatten(1)[:, : self.in_features]
+
+    def product(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out)."""
+        return F.linear(x, self.dequantise().to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+    @classmethod
+    def arithmetic(cls, device: torch.device) -> str:
+        """In the dtype of the activations, by design."""
+        return "weights are dequantised for each product: less memory, not less time"
+
+
+def w4a16(
+    module: nn.Module, include: str | Sequence[str] = "*", exclude: str | Sequence[str] = (), group: int = 64
+) -> nn.Module:
+    """Replace linear layers by `W4A16Linear`, for inference: rounding to nearest, without calibration.
+
+    Args:
+        module: any module; changed in place.
+        include: patterns as of `fnmatch` of the layers to convert.
+        exclude: patterns of layers to leave alone; they win over `include`.
+        group: inputs that share a scale; even, 64 or 128 in published models.
+
+    Raises:
+        ValueError: as `convert`, or on an odd group.
+    """
+    return convert(
+        module,
+        lambda _, linear: W4A16Linear.from_linear(linear, group=group),
+        kind=W4A16Linear.kind,
+        include=include,
+        exclude=exclude,
+    )

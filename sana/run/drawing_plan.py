@@ -1,0 +1,379 @@
+"""``dry_run=true`` of sample.py: the memory that drawing would take, on a machine that could not hold it.
+
+Every part is built on the meta device in the precision and quantisation asked for, so bytes of weights are exact. What
+the parts allocate while they work is counted by running them on tensors without data. So the plan needs no weights:
+`recipe=` alone will do. Not counted are what a process holds besides (on a card the CUDA context) and what a library
+allocates inside one call; and some kernels for GPUs need less than the plain operations that are counted here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from sana.aspect_ratio import drawn_size
+from sana.checkpoint.record import kind_of_quant, read_quantisation
+from sana.ops.allocations import Allocations
+from sana.quant.rebuild import rebuild
+from sana.quant.report import arithmetic
+from sana.run.build import build
+from sana.run.compose import Composed
+from sana.run.dtype import check_dtypes
+from sana.run.error import ConfigError
+from sana.run.plan import text_numbers
+from sana.run.prompts import read_prompts
+from sana.run.runs import find_weights
+from sana.run.saved import training_behind
+from sana.types import Condition, Prepared
+
+CARDS = (8, 12, 16, 24, 40, 80)  # GiB
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+INSTRUCTION = 256  # tokens before a prompt, generously: the published instruction has fewer
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What is on the device while one part works.
+
+    Attributes:
+        weights: bytes of parameters and buffers that are there.
+        activations: bytes of what the part allocates, at the worst moment, its inputs included.
+    """
+
+    weights: int
+    activations: int
+
+    @property
+    def bytes(self) -> int:
+        """Of both."""
+        return self.weights + self.activations
+
+
+@dataclass(frozen=True)
+class DrawingPlan:
+    """Memory of one drawing.
+
+    Attributes:
+        parts: name -> bytes of its weights as they are loaded, quantised where they are.
+        stages: name of the part that works -> what is on the device meanwhile.
+        images: drawn at once.
+        height, width: pixels that the network draws.
+        tile: side in pixels of the autoencoder's largest tile, None where it decodes the whole at once.
+    """
+
+    parts: dict[str, int]
+    stages: dict[str, Stage]
+    images: int
+    height: int
+    width: int
+    tile: int | None
+
+    @property
+    def peak(self) -> int:
+        """Bytes at the worst moment."""
+        return max(stage.bytes for stage in self.stages.values())
+
+    @property
+    def card(self) -> int | None:
+        """Memory in GiB of the smallest common card that holds the peak; None where none does."""
+        return next((card for card in CARDS if self.peak < card * GIB), None)
+
+
+def make_drawing_plan(composed: Composed) -> DrawingPlan:
+    """The plan of a composed sampling, which `sana.run.saved.prepare` has filled from its run or recipe.
+
+    Raises:
+        ConfigError: no recipe, parts whose sizes are not known here, or a size or precision that cannot be drawn.
+    """
+    config = composed.config
+    check_dtypes(config.precision, config.dtype.autoencoder, config.dtype.text)
+    model = training_behind(config).config.model
+    autocast = config.precision in ("auto", "bf16-mixed")
+    network, autoencoder = _network(config, model), _autoencoder(config, model)
+    text = _text(config, model)
+    ratio = autoencoder.ratio
+    height, width = _size(config, ratio * network.patch)
+    images = images_at_once(composed.resolved)
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    parts = {"text encoder": text.bytes, "network": weight_bytes(network), "autoencoder": weight_bytes(autoencoder)}
+    resident = {
+        "text encoder": text.largest,
+        "network": _largest_at_once(network, config.offload),
+        "autoencoder": _largest_at_once(autoencoder, config.offload),
+    }
+    arithmetic(network, torch.device("cpu"))  # some formats try the processor out, which they cannot on fake tensors
+    with fake:
+        network, autoencoder = network.to_empty(device="cpu"), autoencoder.to_empty(device="cpu")
+    latents = (images, autoencoder.channels, height // ratio, width // ratio)
+    pairs = 2 if config.sampler.guidance != 1 and network.guidance_embed is None else 1
+    with torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext(), fake:
+        drawing = _denoising(network, latents, pairs, int(config.sampler.steps), text)
+    inside = autocast and config.dtype.autoencoder == "auto"
+    with torch.autocast("cpu", torch.bfloat16) if inside else nullcontext():
+        decoding, tile = _decoding(autoencoder, latents, parts["autoencoder"], fake)
+    working = {"text encoder": text.activations, "network": drawing, "autoencoder": decoding}
+    everything = sum(parts.values())
+    stages = {name: Stage(everything if config.offload == "none" else resident[name], working[name]) for name in parts}
+    return DrawingPlan(parts, stages, images, height, width, tile)
+
+
+def weight_bytes(module: nn.Module) -> int:
+    """Of parameters and buffers, each counted once."""
+    return sum(t.numel() * t.element_size() for t in {id(t): t for t in _tensors(module)}.values())
+
+
+def _tensors(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers()]
+
+
+def _largest_at_once(module: nn.Module, offload: str) -> int:
+    """Bytes of a part's weights on the device with ``offload="sequential"``: what lies in no list of layers, and the
+    largest layer of those that do; else all of them."""
+    if offload != "sequential":
+        return weight_bytes(module)
+    lists = [part for part in module.modules() if isinstance(part, nn.ModuleList | nn.Sequential)]
+    leaves = {leaf for part in lists for leaf in part.modules() if not list(leaf.children())}
+    stay = [t for part in module.modules() if part not in leaves for t in _own(part)]
+    largest = max((sum(t.numel() * t.element_size() for t in _own(leaf)) for leaf in leaves), default=0)
+    return sum(t.numel() * t.element_size() for t in stay) + largest
+
+
+def _own(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+
+
+def _network(config: DictConfig, model: DictConfig) -> Any:
+    if model.get("network") is None:
+        raise ConfigError(f"dry_run: {model._target_} has no network that draws")
+    with torch.device("meta"):
+        network = build(model.network, "network").eval().requires_grad_(False)
+        if config.precision == "bf16-true":
+            _cast(network, torch.bfloat16)
+        if config.quant is not None:
+            network = build(config.quant, "quant")(network)
+        else:
+            network = _as_in_file(network, config)
+    return network
+
+
+def _as_in_file(network: Any, config: DictConfig) -> Any:
+    """The network quantised as the checkpoint is, if it is."""
+    if OmegaConf.is_missing(config, "ckpt"):
+        return network
+    found = find_weights(str(config.ckpt))
+    quant = None if found.of_run else read_quantisation(found.path)
+    if quant is None:
+        return network
+    try:
+        return rebuild(network, quant["layers"])
+    except ValueError as error:
+        raise ConfigError(f"{found.path}: the record of its quantisation is wrong: {error}") from None
+
+
+def _autoencoder(config: DictConfig, model: DictConfig) -> Any:
+    try:
+        with torch.device("meta"):
+            autoencoder = build(model.autoencoder, "encoder.autoencoder").requires_grad_(False)
+    except ConfigError as error:
+        raise ConfigError(f"dry_run: the autoencoder's size is not known without its file: {error}") from None
+    if config.dtype.autoencoder != "auto":
+        _cast(autoencoder, DTYPES[config.dtype.autoencoder])
+    given = config.autoencoder
+    if given.max_memory_gib is not None or given.blending is not None:
+        try:
+            autoencoder.limit_memory(given.max_memory_gib, None if given.blending is None else list(given.blending))
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+    return autoencoder
+
+
+def _cast(module: nn.Module, dtype: torch.dtype) -> None:
+    """Parameters only, as for drawing."""
+    for parameter in module.parameters():
+        parameter.data = parameter.data.to(dtype)
+
+
+@dataclass(frozen=True)
+class _Text:
+    """The text encoder: bytes of all weights and of those that are there at once, bytes that it allocates, the number
+    and width of a prompt's rows, and their type."""
+
+    bytes: int
+    largest: int
+    activations: int
+    rows: int
+    channels: int
+    dtype: torch.dtype
+
+
+def _text(config: DictConfig, model: DictConfig) -> _Text:
+    """The text encoder's memory from the numbers of its configuration."""
+    node = model.text_encoder
+    numbers = text_numbers(node)
+    if numbers is None:
+        raise ConfigError(f"dry_run: the text encoder's size is not known: {node.path} is not on this machine")
+    dtype = DTYPES[node.get("dtype", "bfloat16") if config.dtype.text == "auto" else config.dtype.text]
+    rows = int(node.get("max_tokens", 300))
+    tokens = rows + (INSTRUCTION if node.get("instruction") is not None else 0)
+    with torch.device("meta"):
+        gemma = _gemma(numbers).to(dtype)
+    activations = _text_activations(numbers, tokens, dtype)
+    return _Text(
+        weight_bytes(gemma), _largest_at_once(gemma, config.offload), activations, rows, gemma.config.hidden_size, dtype
+    )
+
+
+def _gemma(numbers: dict[str, Any], layers: int | None = None) -> Any:
+    from sana.encoder.text.weights import without
+
+    with without("torchao"):
+        from transformers import Gemma2Config, Gemma2Model
+    made = Gemma2Config(**{key: value for key, value in numbers.items() if key in Gemma2Config().to_dict()})
+    made._attn_implementation = "eager"
+    made.num_hidden_layers = made.num_hidden_layers if layers is None else layers
+    if made.layer_types is not None:
+        made.layer_types = made.layer_types[: made.num_hidden_layers]
+    return Gemma2Model(made).eval().requires_grad_(False)
+
+
+def _text_activations(numbers: dict[str, Any], tokens: int, dtype: torch.dtype) -> int:
+    """Bytes that one prompt of so many tokens allocates: layers come one after the other, so two tell."""
+    with torch.device("meta"):
+        gemma = _gemma(numbers, layers=2).to(dtype)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        gemma = gemma.to_empty(device="cpu")
+        ids = torch.zeros(1, tokens, dtype=torch.long)
+        return _peak(lambda: gemma(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False))
+
+
+def _denoising(network: Any, latents: tuple[int, int, int, int], pairs: int, steps: int, text: _Text) -> int:
+    """Bytes that drawing allocates, fake tensors given: the caption's keys and values, and one step."""
+    b, c, h, w = latents
+
+    def step() -> None:
+        prompts = Condition(torch.empty(b + pairs - 1, text.rows, text.channels, dtype=text.dtype))
+        guidance = None if network.guidance_embed is None else torch.empty(b)
+        kv = network.prepare(prompts).text_kv
+        kv = tuple(layer[torch.zeros(pairs * b, dtype=torch.long)] for layer in kv) if pairs > 1 else kv
+        times = network.prepare_times(torch.empty(steps), guidance)
+        x = torch.empty(b, c, 1, h, w)
+        mask = torch.ones(pairs * b, text.rows, dtype=torch.bool)
+        both = torch.cat([x] * pairs)
+        t = torch.zeros(pairs * b, 1)
+        network(both, t, Prepared(kv, mask, guidance, times))
+
+    return _peak(step)
+
+
+def _peak(work: Callable[[], object]) -> int:
+    with torch.no_grad(), Allocations() as allocations:
+        work()
+    return allocations.peak
+
+
+def _decoding(autoencoder: Any, latents: tuple[int, ...], weights: int, fake: FakeTensorMode) -> tuple[int, int | None]:
+    """Bytes that decoding allocates, and the side in pixels of the largest tile; None: the whole at once."""
+    dtype = next(autoencoder.parameters()).dtype
+    with fake:
+        like = torch.empty(latents, dtype=dtype)
+    try:
+        if autoencoder.blending is not None:
+            return _blended(autoencoder, like, fake), autoencoder.blending[0]
+        plan = autoencoder.plan("decode", like)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    pitches = [(s.tile, latents[2] * autoencoder.ratio // s.sizes[-1][0]) for s in plan.segments if s.tile is not None]
+    return plan.bytes - weights, max((tile * pitch for tile, pitch in pitches), default=None)
+
+
+def _blended(autoencoder: Any, like: Tensor, fake: FakeTensorMode) -> int:
+    with fake:
+        return _peak(lambda: autoencoder.decode(like))
+
+
+def _size(config: DictConfig, multiple: int) -> tuple[int, int]:
+    height, width = config.height or config.width or config.size, config.width or config.height or config.size
+    try:
+        return drawn_size(height, width, config.size, multiple, config.bins)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
+def images_at_once(settings: dict[str, Any]) -> int:
+    """Images per call of the network: of the prompts that are given, or one where none is."""
+    if settings["prompt"] == "???":
+        return min(settings["batch_size"], settings["n"] or 1)
+    seeds = settings["seed"]
+    each = settings["best_of"] or settings["n"] or (4 if isinstance(seeds, int) else len(seeds))
+    return min(settings["batch_size"], each * len(read_prompts(settings["prompt"])))
+
+
+def advice(composed: Composed, plan: DrawingPlan) -> str | None:
+    """What would lower the peak without changing an image, in one line; None where nothing would."""
+    decoding = plan.stages["autoencoder"]
+    others = max(stage.bytes for name, stage in plan.stages.items() if name != "autoencoder")
+    if decoding.bytes <= others or plan.tile is not None:
+        return None
+    budget = max(others - decoding.weights, GIB // 4) + plan.parts["autoencoder"]
+    gib = max(1, -(-budget * 4 // GIB)) / 4  # in quarters
+    config = composed.config.copy()
+    config.autoencoder.max_memory_gib = gib
+    try:
+        tiled = make_drawing_plan(Composed(composed.entry, config, composed.overrides))
+    except ConfigError:
+        return None
+    if tiled.peak >= plan.peak:
+        return None
+    return f"autoencoder.max_memory_gib={gib:g} decodes in exact tiles: a peak of {tiled.peak / GIB:.2f} GiB"
+
+
+def print_drawing_plan(composed: Composed, console: Console | None = None) -> None:
+    """Print the plan."""
+    console = console or Console()
+    plan, config = make_drawing_plan(composed), composed.config
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column(justify="right")
+    table.add_column(style="dim")
+    what: dict[str, str] = {"network": _how(composed), "autoencoder": f"dtype.autoencoder={config.dtype.autoencoder}"}
+    for name, size in plan.parts.items():
+        table.add_row(f"weights, {name}", _gib(size), escape(what.get(name, f"dtype.text={config.dtype.text}")))
+    for name, stage in plan.stages.items():
+        there = "all parts" if config.offload == "none" else "alone"
+        note = f"{there} {_gib(stage.weights)} + {_gib(stage.activations)} at work"
+        if name == "autoencoder" and plan.tile is not None:
+            note += f", in tiles of up to {plan.tile} px"
+        table.add_row(f"while the {name} works", _gib(stage.bytes), escape(note))
+    card = f"fits a card of {plan.card} GB" if plan.card else f"more than a card of {CARDS[-1]} GB has"
+    size = f"{plan.images} image(s) of {plan.width}x{plan.height} px at once, offload={config.offload}"
+    table.add_row("peak", _gib(plan.peak), escape(f"{card}; {size}"))
+    console.print(table)
+    if (line := advice(composed, plan)) is not None:
+        console.print(escape(line))
+
+
+def _how(composed: Composed) -> str:
+    """Precision and quantisation of the network, in words."""
+    config, asked = composed.config, composed.resolved["quant"]
+    quant = "none" if asked is None else str(asked["_target_"]).rpartition(".")[2]
+    if asked is None and not OmegaConf.is_missing(config, "ckpt"):
+        found = find_weights(str(config.ckpt))
+        stored = None if found.of_run else read_quantisation(found.path)
+        quant = quant if stored is None else f"{kind_of_quant(stored)}, as in the file"
+    precision = "bf16-mixed, as a card has it" if config.precision == "auto" else config.precision
+    return f"precision={precision}, quant={quant}"
+
+
+def _gib(size: int) -> str:
+    return f"{size / GIB:.2f} GiB"
