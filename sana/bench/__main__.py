@@ -13,6 +13,7 @@ COMMANDS = {
     "optimizer": "step time and state bytes of optimizers",
     "saving": "what a checkpoint costs the training that goes on",
     "frechet": "of statistics, against clean-fid and torchmetrics",
+    "recipe": "a training step of the tiny recipe, against an earlier commit",
     "blocks": "blocks on CPUs, against diffusers' blocks",
     "predicted": "the roofline of all rows, and what was measured",
     "warm": "compile what the rows with compiled peers will ask for",
