@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -12,7 +14,11 @@ from sana.ops.buffer import new_empty
 from sana.ops.rounding import dot, rounded
 
 SIZE, WARPS = 2048, 4  # numbers per program of the kernels that only move and add
-PIXELS, CHANNELS = 128, 64  # of a tile of `few`
+
+
+def _tile(dtype: torch.dtype) -> dict[str, int]:
+    """Of `few`: products of fp32 without TF32 are done one by one, in registers."""
+    return {"PIXELS": 32, "CHANNELS": 32} if dtype == torch.float32 else {"PIXELS": 128, "CHANNELS": 64}
 
 
 @triton.jit
@@ -138,27 +144,31 @@ def convolve_to_few(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     (b, c, h, w), d = x.shape, weight.shape[0]
     taps = torch.nn.functional.pad(weight.permute(2, 3, 1, 0), (0, 16 - d)).contiguous()
     y = new_empty(x, (b, h, w, d))
-    few[(b * h * triton.cdiv(w, PIXELS),)](
-        x, taps, bias.contiguous(), y, h, w, c, d,
-        FEW=16, PIXELS=PIXELS, CHANNELS=CHANNELS, num_warps=4, num_stages=3,
-    )  # fmt: skip
+    tile = _tile(x.dtype)
+    few[(b * h * triton.cdiv(w, tile["PIXELS"]),)](
+        x, taps, bias.contiguous(), y, h, w, c, d, FEW=16, **tile, num_warps=4, num_stages=3
+    )
     return y.movedim(-1, 1)
 
 
 def _cases() -> list[KernelCase]:
     """The types that autoencoders are decoded in."""
     cases = []
+
+    def case(name: str, function: Any, constants: dict[str, Any], warps: int, stages: int, budget: int) -> None:
+        numbers = {"count", "h", "w", "c", "d"}
+        names = [n for n in function.arg_names if n not in constants]
+        odd = {"h", "w", "d"} if function is few else {"h", "w"}
+        signature = {n: ("i32" if n in odd else "i32:16") if n in numbers else f"*{kind}:16" for n in names}
+        cases.append(KernelCase(f"{name}-{kind}", function, signature, constants, warps, stages, budget))
+
     for kind in ("bf16", "fp16", "fp32"):
-        names = ("x", "bias", "y", "p0", "p1", "p2", "p3", "weight")
-        given = {name: f"*{kind}:16" for name in names}
-        given |= dict.fromkeys(("count", "h", "w", "c"), "i32:16") | {"d": "i32:16"}
-        cases.append(KernelCase(f"bias_silu-{kind}", add_and_silu, given, {"SIZE": SIZE}, WARPS, 1, 64))
+        case("bias_silu", add_and_silu, {"SIZE": SIZE}, WARPS, 1, 96)
+        case("doubling_kernels", add_taps, {"SIZE": SIZE}, WARPS, 1, 128)
         for repeat in (2, 4):
-            constant = {"SHORTCUT": True, "REPEAT": repeat, "SIZE": SIZE}
-            cases.append(KernelCase(f"double-{kind}-{repeat}", interleave, given, constant, WARPS, 1, 96))
-        cases.append(KernelCase(f"doubling_kernels-{kind}", add_taps, given, {"SIZE": SIZE}, WARPS, 1, 96))
-        constant = {"FEW": 16, "PIXELS": PIXELS, "CHANNELS": CHANNELS}
-        cases.append(KernelCase(f"few-{kind}", few, given | {"d": "i32"}, constant, 4, 3, 168))
+            constants = {"SHORTCUT": True, "REPEAT": repeat, "SIZE": SIZE}
+            case(f"double_{repeat}", interleave, constants, WARPS, 1, 128)
+        case("few", few, {"FEW": 16, **_tile(torch.float32 if kind == "fp32" else torch.bfloat16)}, 4, 3, 200)
     return cases
 
 
