@@ -255,6 +255,7 @@ class Upsample(Local):
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d 2*h 2*w"]:
         weight, bias = self.conv.weight, self.conv.bias
+        assert bias is not None
         if not self.shuffle and (_in_full_on_cpu(x, weight) or kernels_for(x, weight, bias)):
             return self._by_parity(x)
         if self.shuffle:

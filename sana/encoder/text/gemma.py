@@ -217,8 +217,10 @@ class GemmaEncoder(nn.Module):
         found = {}
         for text in dict.fromkeys(texts):
             ids, mask = self._tokenise([prefix + text], prefix, longest=True)
-            usual = hidden is None or ids.shape[1] > self._window
-            found[text] = self._run(ids, mask, prefix)[0][0] if usual else self._alone(ids, prefix, hidden)[0]
+            if hidden is None or ids.shape[1] > self._window:
+                found[text] = self._run(ids, mask, prefix)[0][0]
+            else:
+                found[text] = self._alone(ids, prefix, hidden)[0]
         return [found[text] for text in texts]
 
     @torch.no_grad()

@@ -42,7 +42,7 @@ def add_taps(weight, y, count, c, SIZE: tl.constexpr):
     channel, tap = place % c, place // c % 4
     source = weight + (place // c // 4) * 9 * c + channel
     total = tl.zeros((SIZE,), tl.float32)
-    for k in tl.static_range(9):  # the first of three rows is alone for even outputs, the last for odd ones
+    for k in tl.static_range(9):  # pyright: ignore[reportGeneralTypeIssues] # the first of three rows is alone for even outputs, the last for odd ones
         row, column = (k // 3 + 1 - parity // 2) // 2, (k % 3 + 1 - parity % 2) // 2
         own = mask & (tap == 2 * row + column)
         total += tl.load(source + k * c, mask=own, other=0.0).to(tl.float32)
@@ -109,11 +109,17 @@ def few(
     tl.store(at, rounded(acc, TYPE), mask=(column < w)[:, None] & (out < d)[None, :])
 
 
+_add_and_silu: Any = add_and_silu  # whose arguments are annotated for the compiler
+_add_taps: Any = add_taps
+_interleave: Any = interleave
+_few: Any = few
+
+
 def bias_silu(x: Tensor, bias: Tensor) -> Tensor:
     """`naive.bias_silu` of a map in channels_last."""
     b, c, h, w = x.shape
     y = new_empty(x, (b, h, w, c))
-    add_and_silu[(triton.cdiv(x.numel(), SIZE),)](
+    _add_and_silu[(triton.cdiv(x.numel(), SIZE),)](
         x, bias.contiguous(), y, x.numel(), c, SIZE=SIZE, num_warps=WARPS, num_stages=1
     )
     return y.movedim(-1, 1)
@@ -123,7 +129,7 @@ def doubling_kernels(weight: Tensor) -> list[Tensor]:
     """`naive.doubling_kernels` of a weight in channels_last; they are, too."""
     d, c = weight.shape[:2]
     y = new_empty(weight, (4, d, 2, 2, c))
-    add_taps[(triton.cdiv(4 * d * c, SIZE), 4)](weight, y, 4 * d * c, c, SIZE=SIZE, num_warps=WARPS, num_stages=1)
+    _add_taps[(triton.cdiv(4 * d * c, SIZE), 4)](weight, y, 4 * d * c, c, SIZE=SIZE, num_warps=WARPS, num_stages=1)
     return [kernel.movedim(-1, 1) for kernel in y]
 
 
@@ -132,7 +138,7 @@ def double(parts: list[Tensor], x: Tensor, bias: Tensor, shortcut: bool) -> Tens
     (b, c, h, w), d = x.shape, parts[0].shape[1]
     y = new_empty(x, (b, 2 * h, 2 * w, d))
     count = b * h * w * d
-    interleave[(triton.cdiv(count, SIZE), 4)](
+    _interleave[(triton.cdiv(count, SIZE), 4)](
         *parts, x, bias.contiguous(), y, count, h, w, c, d,
         SHORTCUT=shortcut, REPEAT=4 * d // c if shortcut else 1, SIZE=SIZE, num_warps=WARPS, num_stages=1,
     )  # fmt: skip
@@ -145,7 +151,7 @@ def convolve_to_few(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     taps = torch.nn.functional.pad(weight.permute(2, 3, 1, 0), (0, 16 - d)).contiguous()
     y = new_empty(x, (b, h, w, d))
     tile = _tile(x.dtype)
-    few[(b * h * triton.cdiv(w, tile["PIXELS"]),)](
+    _few[(b * h * triton.cdiv(w, tile["PIXELS"]),)](
         x, taps, bias.contiguous(), y, h, w, c, d, FEW=16, **tile, num_warps=4, num_stages=3
     )
     return y.movedim(-1, 1)
