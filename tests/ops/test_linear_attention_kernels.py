@@ -35,6 +35,12 @@ SHAPES = [
     (3, 33, 1, 64, "channels first"),
     (1, 21, 2, 7, "apart"),
     (1, 35, 1, 48, "thirds"),
+    (1, 2, 1, 32, "by head"),
+    (3, 16, 2, 32, "channels first"),
+    (3, 65, 2, 32, "every other token"),
+    (1, 63, 1, 16, "channels first"),
+    (1, 128, 1, 64, "every other token"),
+    (1, 32, 5, 8, "thirds"),
 ]
 SPLIT = [(1, 300, 2, 32, "thirds"), (3, 150, 1, 32, "by head"), (1, 257, 1, 16, "apart"), (1, 260, 1, 64, "thirds")]
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1.2, torch.float16: 1.2}
