@@ -12,7 +12,7 @@ import pytest
 from sana.ops.ahead import KernelCase, Resources, offences
 
 ROOT = Path(__file__).resolve().parents[2]
-WITHOUT = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+WITHOUT = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT)}
 
 SPILLS = """
 import triton, triton.language as tl
@@ -40,13 +40,10 @@ def run(*line: str) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("match", ["bf16 dh=32 stage=0", "adaln"])
-def test_kernels_keep_their_budgets(match):
-    done = run("scripts/compile_kernels.py", "--sm", "80,90,120", "--match", match)
-    if done.returncode == 2:
-        pytest.skip(done.stderr)
+def test_kernels_of_attention_keep_their_budgets():
+    done = run("scripts/compile_kernels.py", "--sm", "80,90,120", "--match", "bf16 dh=32 stage=0")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count(" registers") >= 3
+    assert done.stdout.count(" registers") == 9
 
 
 @pytest.mark.slow
