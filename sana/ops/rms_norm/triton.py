@@ -18,8 +18,8 @@ from sana.ops.buffer import new_empty
 from sana.ops.fresh import fresh
 from sana.ops.rounding import rounded
 
-_TILE = 4096  # elements that a program of the forward kernel holds, where rows are short
-_BACK_TILE = 2048
+_TILE = 4096, 1024  # elements that a program of the forward kernel holds where rows are short, and each of its warps
+_BACK_TILE = 2048, 256
 _PROGRAMS = 528  # four for each multiprocessor of an H200
 
 
@@ -119,11 +119,20 @@ def norm_rows_back(
         tl.store(place + d, tl.sum(dbias, 0, keep_dims=True), mask=inside)
 
 
-def _block(d: int, tile: int) -> tuple[int, int, int]:
-    """Rows and columns of a program's tile, and warps: 16 elements a thread in the usual widths."""
+def _block(d: int, tile: int, share: int, count: int | None = None) -> tuple[int, int, int]:
+    """Rows and columns of a program's tile, and warps for it; fewer rows where `count` rows would not fill the card.
+
+    Args:
+        d: columns.
+        tile: elements that the tile has where rows are short.
+        share: elements of a warp.
+        count: rows of all programs.
+    """
     block = max(triton.next_power_of_2(d), 16)
     rows = max(tile // block, 1)
-    return rows, block, min(max(rows * block // 512, 1), 16)
+    while count is not None and rows > 1 and triton.cdiv(count, rows) < _PROGRAMS:
+        rows //= 2
+    return rows, block, min(max(rows * block // share, 1), 16)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -148,10 +157,7 @@ def launch(
     dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
     out = new_empty(x, x.shape, dtype)
     rstd = new_empty(x, (count if statistics else 0,), torch.float32)
-    rows, block, warps = _block(d, _TILE)
-    while rows > 1 and triton.cdiv(count, rows) < _PROGRAMS:
-        rows //= 2
-    warps = min(warps, max(rows * block // 512, 1))
+    rows, block, warps = _block(d, *_TILE, count)
     if out.numel():
         with torch.cuda.device_of(x):
             norm_rows[(triton.cdiv(count, rows),)](
@@ -169,10 +175,7 @@ def launch_back(
     flat, grad, d = _rows(x), _rows(grad), x.shape[-1]
     count = flat.shape[0]
     dx = new_empty(x, x.shape)
-    rows, block, warps = _block(d, _BACK_TILE)
-    while rows > 1 and triton.cdiv(count, rows) < _PROGRAMS:
-        rows //= 2
-    warps = min(warps, max(rows * block // 512, 1))
+    rows, block, warps = _block(d, *_BACK_TILE, count)
     run = rows * max(1, min(triton.cdiv(count, rows * _PROGRAMS), triton.cdiv(64, rows)))
     programs = triton.cdiv(count, run)
     partial = new_empty(x, (programs, 2 if bias is not None else 1, d), torch.float32)
@@ -244,7 +247,7 @@ def _cases() -> list[KernelCase]:
                 (norm_rows, "", _TILE, more),
                 (norm_rows_back, "-back", _BACK_TILE, {}),
             ):
-                rows, block, warps = _block(d, tile)
+                rows, block, warps = _block(d, *tile)
                 signature = {name: types[name] for name in function.arg_names if name in types}
                 flags = flags | {"BIAS": full, "ACTIVATION": "silu" if full else "", "ROWS": rows, "BLOCK": block}
                 name = f"rms_norm{part}-{kind}-{d}{'' if by else '-odd'}"
