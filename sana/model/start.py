@@ -21,6 +21,7 @@ from sana.model.text_to_image import TextToImage
 from sana.network.growth import BLOCK, Growth, depth_of, plan_growth, plan_pruning
 from sana.network.importance import most_important
 from sana.ops.choice import set_kernels
+from sana.quant.report import report_of
 from sana.run.build import build
 from sana.run.error import ConfigError
 from sana.run.importance import read_importance
@@ -215,12 +216,14 @@ def start_model(config: Any, resume: Path | None) -> tuple[Recipe, dict[str, Any
     try:
         if hasattr(model, "network"):
             model.rates = {"network": start.rates(model.network)}
-        if init is None:
-            return model, {}
-        facts = start_from(model, init, start)
-        if is_first_rank():
-            print(told(facts), flush=True)
-        return model, {"start": facts}
+        facts = {} if init is None else {"start": start_from(model, init, start)}
+        if facts and is_first_rank():
+            print(told(facts["start"]), flush=True)
+        if config.get("quant") is not None:  # of products alone: the weights above stay what they are
+            model.network = build(config.quant, "quant")(model.network)
+            if is_first_rank():
+                print(report_of(model.network).summary(), flush=True)
+        return model, facts
     except CheckpointError:
         raise
     except ValueError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from sana.run.starting import check_start
 OF_SCORING = ("images", "metadata", "reference", "features", "allow_small_n", "output", "device", "metric")
 
 # Places that have to be there before the run, unless they are addresses; other data modules make theirs.
+FP8_TRAIN = "sana.quant.fp8_train.fp8_train"
 EXISTING = {"sana.data.module.ShardsData": "folder"}
 
 
@@ -153,6 +155,8 @@ def fill_from_run(composed: Composed) -> Composed:
     """
     config = composed.config.copy()
     saved = training_behind(config).config
+    if composed.entry != "train" and (composed.resolved.get("quant") or {}).get("_target_") == FP8_TRAIN:
+        raise ConfigError("quant: fp8_train is for train.py; its weights are in full precision and need none to draw")
     _check_quantised_once(composed)
     if saved.get("timestep") is None or saved.get("sampler") is None:
         named = "recipe" if OmegaConf.is_missing(config, "ckpt") or config.ckpt is None else "ckpt"
@@ -204,12 +208,32 @@ def _set_on_command_line(composed: Composed, key: str) -> bool:
     return any(parse_override(text).key_or_group == key for text in composed.overrides)
 
 
+def _check_trained_in(composed: Composed) -> None:
+    """A quantisation for training is one that trains, here and with this recipe.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    origin, target = composed.origin(("quant",)), composed.resolved["model"]["_target_"]
+    if composed.resolved["quant"]["_target_"] != FP8_TRAIN:
+        raise ConfigError(
+            "quant: training is in full precision, or with products in FP8 (quant=fp8_train); quantise for sample.py "
+            f"and eval.py ({origin})"
+        )
+    if target != "sana.model.image.ImageModule":
+        raise ConfigError(
+            f"quant: fp8_train trains velocities (sana.model.image.ImageModule); {target} takes derivatives or parts "
+            f"that have no FP8 products ({origin})"
+        )
+    if find_spec("torchao") is None:
+        raise ConfigError(f"quant: fp8_train needs torchao, which is not installed: pip install torchao ({origin})")
+
+
 def _check_places(composed: Composed) -> None:
     """Folders and files that the run reads, and the directory that it would write into."""
     values = composed.resolved
     if values.get("quant") is not None:
-        origin = composed.origin(("quant",))
-        raise ConfigError(f"quant: training is in full precision; quantise for sample.py and eval.py ({origin})")
+        _check_trained_in(composed)
     key = EXISTING.get(values["data"]["_target_"])
     if key is not None:
         places = values["data"][key]

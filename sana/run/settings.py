@@ -55,7 +55,7 @@ class Train:
             How fast a run is, not what it computes: a run may go on with other kernels.
         block: one layer of the network, which `network.blocks` refers to.
         strategy: how the run is spread over devices; "auto" leaves it to Lightning.
-        quant: quantisation; a training run takes null only.
+        quant: quantisation of products; a training run takes null or fp8_train.
         callback, logger: by name; null switches one off.
     """
 

@@ -56,7 +56,9 @@ def network_of(*overrides: str) -> nn.Module:
     composed = prepare("sample", ["prompt=a ring", "device=cpu", "precision=32-true", *overrides])
     restored = restore(composed)
     load_weights(restored.module, restored.checkpoint)
-    quantise(composed, restored)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sana.model.quantise.build", build_checked)
+        quantise(composed, restored)
     return restored.module.network
 
 
