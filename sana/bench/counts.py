@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -115,7 +116,8 @@ def backward_kernels(kernels: Iterable[Kernel]) -> list[Kernel]:
     return back
 
 
-def decoder_kernels(size: Size, px: int, batch: int, itemsize: int) -> list[Kernel]:
+@cache
+def decoder_kernels(size: Size, px: int, batch: int, itemsize: int) -> tuple[Kernel, ...]:
     """One decode of `DCAE`: its convolutions, its norms (with activation and residual fused), its attentions.
 
     Shapes are read from a decode of fake tensors.
@@ -128,7 +130,8 @@ def decoder_kernels(size: Size, px: int, batch: int, itemsize: int) -> list[Kern
             taps = math.prod(module.kernel_size) * module.in_channels // module.groups
             pixels, values = out.numel() // out.shape[1], x.numel() + out.numel() + module.weight.numel()
             shape = (pixels, out.shape[1], taps) if module.groups == 1 else None
-            kernels.append(Kernel("convolution", 2.0 * out.numel() * taps, values * itemsize, shape))
+            flops = 2.0 * pixels * module.out_channels * taps  # a gate may follow, which halves the channels
+            kernels.append(Kernel("convolution", flops, values * itemsize, shape))
         else:
             kernels.append(passing("norm", 3 * out.numel(), itemsize))
 
@@ -138,7 +141,7 @@ def decoder_kernels(size: Size, px: int, batch: int, itemsize: int) -> list[Kern
             if isinstance(module, nn.Conv2d | RMSNorm2d):
                 module.register_forward_hook(seen)
         autoencoder.decode(torch.empty(batch, 32, px // 32, px // 32, dtype=torch.bfloat16))
-    return kernels
+    return tuple(kernels)
 
 
 def text_kernels(layers: int, tokens: int, batch: int, itemsize: int) -> list[Kernel]:

@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -215,7 +215,7 @@ def once(run: Run, inner: int, device: torch.device) -> float:
     return begin.elapsed_time(end) / inner
 
 
-def set_floors(row: Row, count: Callable[[], list[Kernel]]) -> None:
+def set_floors(row: Row, count: Callable[[], Sequence[Kernel]]) -> None:
     """The roofline's figures of a row, from the kernels that its work consists of."""
     try:
         kernels = count()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -97,7 +98,7 @@ def train(worktree: Path, folder: Path, name: str, updates: int, precision: str 
     """
     command = [sys.executable, "train.py", "experiment=image/tiny", f"trainer.max_steps={updates}", *QUIET]
     command += [f"callback.records.every={EVERY}", f"run.dir={folder}/{name}"]
-    command += [f"data.folder={folder}/scenes", "data.count=4000"]
+    command += [f"data.folder={folder}/scenes", "data.count=1000"]
     command += [] if precision is None else [f"trainer.precision={precision}"]
     environment = {**os.environ, "PYTHONPATH": str(worktree)}
     done = subprocess.run(command, cwd=worktree, env=environment, capture_output=True, text=True)
@@ -141,7 +142,8 @@ def _once(module: nn.Linear | nn.Conv2d, x: Tensor, dtype: torch.dtype) -> float
     """Forward, gradient of the input, gradient of the weight; casts of the weight are not counted."""
     device, weight = torch.device("cpu"), module.weight.detach().to(dtype)
     x = x.to(dtype)
-    if isinstance(module, nn.Conv2d):
+    if isinstance(module, nn.Conv2d):  # of square images, given as tokens
+        x = x.mT.unflatten(2, (math.isqrt(x.shape[1]), -1)).contiguous(memory_format=torch.channels_last)
         x, weight = x.requires_grad_(), weight.requires_grad_()
 
         def convolve() -> None:

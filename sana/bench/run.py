@@ -44,6 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--compiled", action=argparse.BooleanOptionalAction, default=True, help="peers compiled as well"
     )
+    parser.add_argument("--plain", action=argparse.BooleanOptionalAction, default=True, help="what is not compiled")
     parser.add_argument("--json", type=Path, default=None, help="file of the rows; those that it holds are kept")
     parser.add_argument("--plot", type=Path, default=None, help="PNG of the ratios")
     parser.add_argument("--wait", type=int, nargs="*", default=[], help=argparse.SUPPRESS)  # for these processes
@@ -118,7 +119,7 @@ def _stop(*_: Any) -> None:
 
 
 def _asked(case: Case, options: argparse.Namespace) -> bool:
-    if case.part == "compiled" and not options.compiled:
+    if not (options.compiled if case.part == "compiled" else options.plain):
         return False
     return not options.only or any(word in f"{case.name} {case.shape}" for word in options.only)
 

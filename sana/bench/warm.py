@@ -1,6 +1,7 @@
 """``bench.py warm``: compiles what the rows with compiled peers will ask for; they find it in the cache on disk.
 
-Run beside the other rows, on other cores. Blocks of one class share their code, so networks of one block will do.
+Run beside the other rows, on other cores. Blocks of one class share their code, so networks of two
+blocks will do (the first has its tokens in another memory layout).
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ def run(options: argparse.Namespace) -> int:
     tiny, device = options.size == "tiny", torch.device(options.device)
     bench = Bench(device, DTYPES[options.dtype], Book(None), tiny, seconds=0.0)
     for name, size in list(parts.SIZES.items()):
-        parts.SIZES[name] = replace(size, depth=1)
+        parts.SIZES[name] = replace(size, depth=2)
     works: list[tuple[str, Callable[[], object]]] = []
     shapes = models.TINY if tiny else models.SHAPES
     works += [(shape.text, lambda shape=shape: _network(bench, shape)) for shape in shapes]
