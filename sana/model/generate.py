@@ -40,6 +40,7 @@ class Painter:
     Attributes:
         rows: called instead of the text encoder's `rows`, such as those of `sana.model.text_graphs.TextGraphs`; None:
             those.
+        prompts: called for keys and values of captions, such as `sana.model.graphs.PromptGraphs`; None: the network.
         velocity: called instead of the network, such as `sana.model.graphs.NetworkGraphs`; None: the network.
         pixels: called instead of the autoencoder's `decode`; None: that.
     """
@@ -56,6 +57,7 @@ class Painter:
         self.network, self.autoencoder, self.text_encoder = network, autoencoder, text_encoder
         self.null_like, self.offload, self.autocast_decoder = null_like, offload, autocast_decoder
         self.rows: Callable[..., list[Tensor]] | None = None
+        self.prompts: Callable[[Tensor], tuple[Tensor, ...]] | None = None
         self.velocity: Callable[..., Tensor] | None = None
         self.pixels: Callable[[Tensor], Tensor] | None = None
         self._rows: OrderedDict[str, Tensor] = OrderedDict()
@@ -231,7 +233,7 @@ class Painter:
         length = max(part.shape[1] for part in text)
         every = torch.cat([_pad(part, length) for part in text])
         # Keys and values once per distinct prompt; for nothing, which all images share, once in all.
-        kv = self.network.prepare(Condition(every)).text_kv
+        kv = self.network.prepare(Condition(every)).text_kv if self.prompts is None else self.prompts(every)
         rows = which if null is None else torch.cat([which, torch.full_like(which, len(condition.text))])
         kv = _select(kv, rows)
         mask = [None if m is None else _pad(m, length)[which] for m in masks]

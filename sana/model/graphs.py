@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from sana.ops.choice import chosen
-from sana.types import Edits, Prepared, Times
+from sana.types import Condition, Edits, Prepared, Times
 
 LIMIT = 8
 """Graphs that are kept of one module; the one that was used longest ago goes first."""
@@ -198,6 +198,42 @@ class NetworkGraphs:
     def _mode(self, x: Tensor) -> tuple[Any, ...]:
         """What a forward depends on besides its inputs and parameters."""
         return (chosen(), getattr(self.network, "floor_time", None), *_autocast(x))
+
+
+class PromptGraphs:
+    """Keys and values of captions, ``network.prepare(condition).text_kv``, by graphs: one per number of captions and
+    padded length.
+
+    Args:
+        network: as `Painter` takes it.
+        capture, limit: see `Graphs`.
+    """
+
+    def __init__(self, network: Any, capture: Capture | None = None, limit: int = LIMIT) -> None:
+        self.network, self.graphs = network, Graphs(network, capture, limit)
+
+    def __call__(self, text: Tensor) -> tuple[Tensor, ...]:
+        """Of features (u, l, c): one tensor (u, l, 2 d) per layer."""
+        if not self.graphs.possible(text):
+            return self.network.prepare(Condition(text)).text_kv
+        u, l, c = text.shape
+        length = -(-l // LENGTH) * LENGTH
+        key = (u, length, c, text.dtype, chosen(), *_autocast(text))
+        self.graphs.check_places()
+        found = self.graphs.find(key)
+        if found is None:
+            inputs = text.new_zeros(u, length, c)
+            inputs[:, :l] = text
+            found = self.graphs.record(key, inputs, text.device, lambda: self._stacked(inputs))
+            if found is None:
+                return self.network.prepare(Condition(text)).text_kv
+        else:
+            found.inputs[:, :l] = text  # what lies beyond is of no caption
+        found.replay()
+        return found.output.clone()[:, :, :l].unbind(0)
+
+    def _stacked(self, text: Tensor) -> Tensor:
+        return torch.stack(self.network.prepare(Condition(text)).text_kv)
 
 
 class DecoderGraphs:

@@ -23,7 +23,7 @@ from sana.encoder.text.gemma_random import gemma_random
 from sana.flow.grid import dpm_grid
 from sana.model import graphs
 from sana.model.generate import Painter
-from sana.model.graphs import DecoderGraphs, NetworkGraphs, padded
+from sana.model.graphs import DecoderGraphs, NetworkGraphs, PromptGraphs, padded
 from sana.model.text_graphs import TextGraphs
 from sana.model.use_graphs import use_graphs
 from sana.network.sana import Sana
@@ -316,6 +316,21 @@ def test_features_of_prompts_by_graph(instruction):
     for got, want in zip(by_graph.rows(prompts), encoder.rows(prompts), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
     assert capture.count == 1, "what is longer than the window goes the usual way"
+
+
+@pytest.mark.parametrize("number", [1, 3])
+def test_keys_and_values_by_graph(number):
+    net, capture = network(), StandIn()
+    by_graph = PromptGraphs(net, capture)
+    for seed, length in enumerate((7, 64, 9, 70)):
+        text = torch.randn(number, length, 10, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        with torch.no_grad():
+            for got, want in zip(by_graph(text), net.prepare(Condition(text)).text_kv, strict=True):
+                torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
+    assert capture.count == 2
+    with torch.enable_grad():
+        assert len(by_graph(text)) == len(net.blocks)
+    assert capture.count == 2
 
 
 def test_decoding_by_graph(painter, monkeypatch):

@@ -8,6 +8,12 @@ import torch
 from sana.ops import buffer, choice
 
 
+@pytest.fixture(autouse=True)
+def exact_convolutions(monkeypatch) -> None:
+    """On a card, plain convolutions of fp32 are in fp32: TF32 would be further from the truth than the kernels may be."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
 @pytest.fixture(scope="session")
 def kernel_device() -> torch.device:
     """A card with compiled kernels where there is one, else the CPU with interpreted ones."""
