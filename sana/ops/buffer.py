@@ -1,4 +1,4 @@
-"""Where kernels get the memory that they write: one place, so that tests can fill it and see what was left unwritten."""
+"""Where kernels get the memory that they write: one place, so that tests can see what was left unwritten."""
 
 from __future__ import annotations
 

@@ -11,10 +11,11 @@ import os
 import sys
 from functools import cache
 from importlib.util import find_spec
-from typing import Literal, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 Kernels = Literal["auto", "naive", "triton"]
 
@@ -27,6 +28,7 @@ OPS = "sana.ops."
 _logger = logging.getLogger(__name__)
 _chosen: Kernels = "auto"
 _told: set[tuple[str, bool]] = set()
+_answers: dict[tuple[Any, ...], bool] = {}  # by calling file and the tensors' types and places
 
 
 def set_kernels(kernels: str) -> None:
@@ -44,6 +46,7 @@ def set_kernels(kernels: str) -> None:
         raise ValueError(f"kernels: {kernels!r}; expected one of {', '.join(get_args(Kernels))}")
     _chosen = cast(Kernels, kernels)
     _told.clear()
+    _answers.clear()
 
 
 def chosen() -> str:
@@ -55,22 +58,32 @@ def use_triton(*tensors: Tensor | None) -> bool:
     """Whether an op shall compute these tensors with its Triton kernels; said once per op in the log.
 
     Args:
-        tensors: all that the kernels would read, None where an optional one is not given. On the meta device nothing
-            is computed, and the answer is no.
+        tensors: all that the kernels would read, None where an optional one is not given. On the meta device and for
+            fake tensors (plans of memory) nothing is computed, and the answer is no.
 
     Raises:
         ValueError: "triton" was chosen, and the kernels cannot compute these.
     """
-    if _chosen == "naive" or any(x is not None and x.is_meta for x in tensors):
-        answer = False
-    else:
-        reason = _obstacle([x for x in tensors if x is not None])
-        if reason is not None and _chosen == "triton":
-            raise ValueError(f"kernels=triton: {reason}; choose kernels=auto or kernels=naive")
-        answer = reason is None
-    if not torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
+        return _choose(tensors)
+    # The question is asked some hundred times per step, so what was answered is looked up.
+    key = (sys._getframe(1).f_code.co_filename, *[None if x is None else (type(x), x.dtype, x.device) for x in tensors])
+    answer = _answers.get(key)
+    if answer is None:
+        answer = _choose(tensors)
         _tell(answer)
+        if _chosen != "triton":  # whose answer on CPUs depends on the environment too
+            _answers[key] = answer
     return answer
+
+
+def _choose(tensors: tuple[Tensor | None, ...]) -> bool:
+    if _chosen == "naive" or any(x is not None and (x.is_meta or isinstance(x, FakeTensor)) for x in tensors):
+        return False
+    reason = _obstacle([x for x in tensors if x is not None])
+    if reason is not None and _chosen == "triton":
+        raise ValueError(f"kernels=triton: {reason}; choose kernels=auto or kernels=naive")
+    return reason is None
 
 
 def _obstacle(tensors: list[Tensor]) -> str | None:

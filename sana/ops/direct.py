@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import peek_interpreter_stack
 
 
 def direct(*tensors: Tensor) -> bool:
@@ -14,7 +15,7 @@ def direct(*tensors: Tensor) -> bool:
     """
     if torch.compiler.is_compiling():
         return False
-    if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
+    if torch._C._len_torch_dispatch_stack() or peek_interpreter_stack() is not None:
         return False
     records = torch.is_grad_enabled()
     return not any(type(x) not in (Tensor, nn.Parameter) or (records and x.requires_grad) for x in tensors)

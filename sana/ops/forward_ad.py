@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
 from torch._functorch import eager_transforms
 from torch.autograd import forward_ad
 
@@ -40,6 +41,6 @@ def alone(*tensors: Tensor) -> bool:
 
 def _recorded(x: Tensor) -> bool:
     """Whether autograd records this tensor, or one that transforms of torch.func wrapped in it."""
-    while not x.requires_grad and torch._C._functorch.is_functorch_wrapped_tensor(x):
-        x = torch._C._functorch.get_unwrapped(x)
+    while not x.requires_grad and is_functorch_wrapped_tensor(x):
+        x = get_unwrapped(x)
     return x.requires_grad

@@ -13,7 +13,7 @@ INTERPRETED = tl.constexpr(bool(knobs.runtime.interpret))
 @triton.jit
 def rounded(x, TYPE: tl.constexpr):
     """x (fp32) in TYPE, to the nearest, ties to even."""
-    if INTERPRETED and TYPE == tl.bfloat16:
+    if INTERPRETED and tl.bfloat16 == TYPE:
         bits = x.to(tl.uint32, bitcast=True)
         bits += 0x7FFF + ((bits >> 16) & 1)
         x = (bits & 0xFFFF0000).to(tl.float32, bitcast=True)

@@ -13,11 +13,11 @@ from sana.ops.buffer import new_empty
 from sana.ops.fresh import fresh
 
 _PROGRAMS = 528  # four for each multiprocessor of an H200
-_GATE_SHARE = 1024  # elements of a warp where nothing is summed
+_SHARE, _GATE_SHARE, _BACK_SHARE = 512, 1024, 256  # elements of a warp: norms, plain sums, and where sums are kept
 _ROWS = 4  # tokens that a program of the forward kernels takes where there are plenty
 
 
-def _block(d: int, share: int = 512) -> tuple[int, int]:
+def _block(d: int, share: int = _SHARE) -> tuple[int, int]:
     """Power of two that holds a row, and warps for it, of `share` elements each (up to 16 warps)."""
     block = max(triton.next_power_of_2(d), 32)
     return block, min(max(block // share, 1), 16)
@@ -91,7 +91,7 @@ def launch_norm_back(
     chunk = _chunk(frame, b * frames)
     chunks = triton.cdiv(frame, chunk) if chunk else 0
     partial = new_empty(x, (b, frames, chunks, 2, d), torch.float32)
-    block, warps = _block(d)
+    block, warps = _block(d, _BACK_SHARE)
     if dx.numel():
         with torch.cuda.device_of(x):
             norm_rows_back[(b * frames * chunks,)](
@@ -129,7 +129,7 @@ def launch_gate_back(grad: Tensor, gate: Tensor, y: Tensor) -> tuple[Tensor, Ten
     chunk = _chunk(frame, b * frames)
     chunks = triton.cdiv(frame, chunk) if chunk else 0
     partial = new_empty(y, (b, frames, chunks, d), torch.float32)
-    block, warps = _block(d)
+    block, warps = _block(d, _BACK_SHARE)
     if dy.numel():
         with torch.cuda.device_of(y):
             gate_rows_back[(b * frames * chunks,)](
@@ -265,7 +265,8 @@ def _cases() -> list[KernelCase]:
             kernels += [(f, f"-residual{part}", flags | {"RESIDUAL": True}) for f, part, flags in both]
             kernels += [(gate_rows, "-gate", {"ROWS": _ROWS}), (gate_rows_back, "-gate-back", {})]
             for function, part, flags in kernels:
-                block, warps = _block(d, _GATE_SHARE) if function is gate_rows else _block(d)
+                share = _GATE_SHARE if function is gate_rows else _BACK_SHARE if part.endswith("-back") else _SHARE
+                block, warps = _block(d, share)
                 signature = {name: types[name] for name in function.arg_names if name in types}
                 name = f"adaln{part}-{kind}-{vector}-{d}"
                 cases.append(KernelCase(name, function, signature, flags | {"BLOCK": block}, warps, 1, 168))
