@@ -3,6 +3,8 @@
 # pyright: reportCallIssue=false
 # (a launch takes num_warps and num_stages beside the kernel's own arguments)
 
+from typing import Any
+
 import torch
 import triton
 from torch import Tensor
@@ -13,14 +15,20 @@ from sana.ops.buffer import new_empty
 from sana.ops.fresh import fresh
 
 _PROGRAMS = 528  # four for each multiprocessor of an H200
-_GATE_SHARE = 1024  # elements of a warp where nothing is summed
 _ROWS = 4  # tokens that a program of the forward kernels takes where there are plenty
 
 
-def _block(d: int, share: int = 512) -> tuple[int, int]:
-    """Power of two that holds a row, and warps for it, of `share` elements each (up to 16 warps)."""
+def _block(d: int, kernel: Any, dtype: torch.dtype) -> tuple[int, int]:
+    """Power of two that holds a row, and warps for it: so many that no card that we compile for runs out of registers.
+
+    A warp takes 1024 bytes of x in the norm, 1024 elements in the sum, and 256 in the backward kernels up to 8 warps.
+    """
     block = max(triton.next_power_of_2(d), 32)
-    return block, min(max(block // share, 1), 16)
+    if kernel is norm_rows:
+        share, most = 1024 // dtype.itemsize, 16
+    else:
+        share, most = (1024, 16) if kernel is gate_rows else (256, 8)
+    return block, min(max(block // share, 1), most)
 
 
 def _rows(tokens: int) -> int:
@@ -66,7 +74,7 @@ def launch_norm(
     out = new_empty(x, (b, n, d), dtype)
     total = x if y is None else new_empty(x, (b, n, d), torch.promote_types(x.dtype, y.dtype))
     mean, rstd = (new_empty(x, (b * n if statistics else 0,), torch.float32) for _ in range(2))
-    block, warps = _block(d)
+    block, warps = _block(d, norm_rows, x.dtype)
     rows = _rows(b * n)
     if out.numel():
         with torch.cuda.device_of(x):
@@ -91,7 +99,7 @@ def launch_norm_back(
     chunk = _chunk(frame, b * frames)
     chunks = triton.cdiv(frame, chunk) if chunk else 0
     partial = new_empty(x, (b, frames, chunks, 2, d), torch.float32)
-    block, warps = _block(d)
+    block, warps = _block(d, norm_rows_back, x.dtype)
     if dx.numel():
         with torch.cuda.device_of(x):
             norm_rows_back[(b * frames * chunks,)](
@@ -109,7 +117,7 @@ def launch_gate(x: Tensor, gate: Tensor, y: Tensor) -> Tensor:
     x, gate, y = _dense(x), _dense(gate), _dense(y)
     b = x.shape[0]
     out = new_empty(x, (b, n, d), _promoted(x, gate, y))
-    block, warps = _block(d, _GATE_SHARE)
+    block, warps = _block(d, gate_rows, x.dtype)
     rows = _rows(b * n)
     if out.numel():
         with torch.cuda.device_of(x):
@@ -129,7 +137,7 @@ def launch_gate_back(grad: Tensor, gate: Tensor, y: Tensor) -> tuple[Tensor, Ten
     chunk = _chunk(frame, b * frames)
     chunks = triton.cdiv(frame, chunk) if chunk else 0
     partial = new_empty(y, (b, frames, chunks, d), torch.float32)
-    block, warps = _block(d)
+    block, warps = _block(d, gate_rows_back, y.dtype)
     if dy.numel():
         with torch.cuda.device_of(y):
             gate_rows_back[(b * frames * chunks,)](
@@ -257,6 +265,7 @@ def _cases() -> list[KernelCase]:
     types |= dict.fromkeys(("n", "frame", "frames", "chunk"), "i32")
     types |= dict.fromkeys(("mean", "rstd", "partial"), "*fp32:16")
     for kind, vector in (("bf16", "bf16"), ("bf16", "fp32"), ("fp32", "fp32"), ("fp16", "fp16")):
+        dtype = torch.float32 if kind == "fp32" else torch.bfloat16
         types |= dict.fromkeys(("x", "y", "out", "total", "grad", "extra", "dx", "dy"), f"*{kind}:16")
         types |= dict.fromkeys(("shift", "scale", "gate"), f"*{vector}:16")
         for d in (160, 1152, 2240):
@@ -265,7 +274,7 @@ def _cases() -> list[KernelCase]:
             kernels += [(f, f"-residual{part}", flags | {"RESIDUAL": True}) for f, part, flags in both]
             kernels += [(gate_rows, "-gate", {"ROWS": _ROWS}), (gate_rows_back, "-gate-back", {})]
             for function, part, flags in kernels:
-                block, warps = _block(d, _GATE_SHARE) if function is gate_rows else _block(d)
+                block, warps = _block(d, function, dtype)
                 signature = {name: types[name] for name in function.arg_names if name in types}
                 name = f"adaln{part}-{kind}-{vector}-{d}"
                 cases.append(KernelCase(name, function, signature, flags | {"BLOCK": block}, warps, 1, 168))
