@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,8 +39,7 @@ def sample(composed: Composed) -> None:
     try:
         load_weights(module, restored.checkpoint, config.weights, config.allow_missing, config.allow_extra)
         cast_parts(module, config.precision, dtype.autoencoder, dtype.text)
-        if (report := quantise(composed, restored)) is not None:
-            print(report.summary(), file=sys.stderr, flush=True)
+        quantise(composed, restored)
         speed = {"bf16": restored.bf16, "graphs": config.graphs, "compile": config.compile}
         painter = place_painter(module, restored.device, config.offload, dtype.autoencoder, **speed)
         plan = {"multiple": painter.multiple} | {key: settings[key] for key in REQUEST}

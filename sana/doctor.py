@@ -35,7 +35,7 @@ EXTRAS = {
     "bitsandbytes": "8-bit optimizers",
     "flash_attn": "FlashAttention kernels of their own",
     "pandas": "runs as a DataFrame",
-    "torchao": "AdamW with 8-bit moments",
+    "torchao": "AdamW with 8-bit moments, training in FP8",
 }
 MEMORY_GIB, DISK_GIB = 6.0, 5.0  # what the demo needs
 GEMMA = "gemma-2-2b-it"

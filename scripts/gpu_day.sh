@@ -60,7 +60,7 @@ rows() {
 }
 
 kernel_tests() {
-    "${tests[@]}" timeout -k 2 "$1" "$python" -m pytest -q -p no:cacheprovider -n "$2" -m "not long and not slow" \
+    "${tests[@]}" timeout -s INT -k 8 "$1" "$python" -m pytest -q -p no:cacheprovider -n "$2" -m "not long and not slow" \
         tests/ops --ignore tests/ops/test_random.py --ignore tests/ops/test_resize.py >"$out/kernel_tests.txt" 2>&1
 }
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -98,8 +97,7 @@ def drawing_of(composed: Composed, restored: Restored, lines: Lines | None) -> d
     config = composed.config
     allowed = list(config.allow_missing), list(config.allow_extra)
     load_weights(restored.module, restored.checkpoint, config.weights, *allowed)
-    if (report := quantise(composed, restored)) is not None and on_first_rank():
-        print(report.summary(), file=sys.stderr, flush=True)
+    quantise(composed, restored)
     speed: dict[str, Any] = {"bf16": restored.bf16, "graphs": config.graphs, "compile": config.compile}
     painter = hasten(make_painter(restored.module, restored.device), **speed)
     sampler = build(config.sampler, "sampler")

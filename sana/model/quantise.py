@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,9 @@ from torch import Tensor, nn
 from sana.checkpoint.record import Record, check_unquantised, read_record
 from sana.checkpoint.run_file import read_run_file
 from sana.checkpoint.write import write_consolidated, write_text
+from sana.metric.ranks import rank
 from sana.model.calibration import default_prompts, prompts_of
+from sana.model.generate import Painter
 from sana.model.load import bare_painter, load_weights
 from sana.model.probe import Probe
 from sana.quant.rebuild import describe
@@ -32,22 +35,30 @@ from sana.run.saved import training
 MEASURED = 8  # prompts that errors are measured on where none are given
 
 
-def quantise(composed: Composed, restored: Restored) -> Report | None:
-    """Quantise the network of a recipe with its weights, in place, as the configuration's `quant` says; None where it
-    says nothing.
-
-    A quantisation that calibrates (its attribute `calibrates`) is given what the network meets while it draws some
-    prompts: `quant.prompts` of those that come along, or these prompts themselves.
+def quantise(composed: Composed, restored: Restored) -> None:
+    """Quantise the network of a recipe with its weights, in place, as the configuration's `quant` says, if it says
+    anything; and tell on stderr what was done.
 
     Args:
-        composed: of sample.py, eval.py or scripts/quantise.py.
+        composed: of sample.py or eval.py.
         restored: the recipe; on return its network is where it was.
 
     Raises:
         ValueError: a layer or pattern that does not fit the network.
     """
-    if composed.config.quant is None:
-        return None
+    if composed.config.quant is not None:
+        report = _quantised(composed, restored)
+        if rank() == 0:
+            print(report.summary(), file=sys.stderr, flush=True)
+
+
+def _quantised(composed: Composed, restored: Restored) -> Report:
+    """Quantise the network; the report.
+
+    A quantisation that calibrates (its attribute `calibrates`) is given what the network meets while it draws some
+    prompts: `quant.prompts` of those that come along, or these prompts themselves. Their noise is always the same, so
+    that a network does not depend on what is drawn with it.
+    """
     quant, module = build(composed.config.quant, "quant"), restored.module
     if getattr(quant, "calibrates", False):
         prompts = quant.prompts
@@ -55,7 +66,7 @@ def quantise(composed: Composed, restored: Restored) -> Report | None:
             prompts = default_prompts(restored.training)[:prompts]
         painter = bare_painter(module, restored.device)
         with restored.autocast():
-            module.network = quant(module.network, _probe(composed, painter, prompts))
+            module.network = quant(module.network, _probe(composed, painter, prompts, seed=0))
     else:
         module.network = quant(module.network)
     return report_of(module.network)
@@ -86,12 +97,11 @@ def quantise_to_file(composed: Composed) -> tuple[Report, Path, Path]:
     updates = load_weights(module, restored.checkpoint, config.weights, *allowed)
     painter = bare_painter(module, restored.device)
     before = copy.deepcopy(module.network)
-    report = quantise(composed, restored)
-    assert report is not None
+    report = _quantised(composed, restored)
     given = config.prompt is not None
     prompts = prompts_of(composed, restored.training) if given else default_prompts(restored.training)[-MEASURED:]
     with restored.autocast():
-        measure_errors(before, module.network, _probe(composed, painter, prompts))
+        measure_errors(before, module.network, _probe(composed, painter, prompts, config.seed))
     quant = {"quant": composed.resolved["quant"], "layers": describe(module.network)}
     tensors = {name: narrowed(tensor) for name, tensor in module.network.state_dict().items()}
     write_consolidated(path, tensors, replace(record, updates=updates, quant=quant))
@@ -110,10 +120,8 @@ def narrowed(tensor: Tensor) -> Tensor:
     return half if torch.equal(half.float(), tensor) else tensor
 
 
-def _probe(composed: Composed, painter: Any, prompts: list[str]) -> Callable[[nn.Module], Tensor]:
-    config = composed.config
-    first = config.seed if isinstance(config.seed, int) else config.seed[0]
-    seeds = range(first, first + len(prompts))
+def _probe(composed: Composed, painter: Painter, prompts: list[str], seed: int) -> Callable[[nn.Module], Tensor]:
+    config, seeds = composed.config, range(seed, seed + len(prompts))
     return Probe(painter, build(config.sampler, "sampler"), prompts, seeds, int(config.size), int(config.batch_size))
 
 

@@ -25,7 +25,7 @@ def quantise_groups(x: Tensor, group: int, levels: float) -> tuple[Tensor, Tenso
     """
     groups = F.pad(x.float(), (0, -x.shape[1] % group)).unflatten(1, (-1, group))
     scale = (groups.abs().amax(dim=2) / levels).to(torch.bfloat16)
-    scale = torch.where(scale > 0, scale, 1.0)
+    scale = torch.where(scale == 0, 1.0, scale)
     return (groups / scale.float().unsqueeze(2)).round().clamp(-8, 7).flatten(1), scale
 
 

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sana.quant.convert import convert
+from sana.quant.int4 import dequantise_groups, pack_codes, quantise_groups, unpack_codes
 from sana.quant.layer import QuantisedLinear
-from sana.quant.nibbles import pack, unpack
 
 LEVELS = 7.5
 """Half the range of 4 bits: nothing is further than about half a step from its code, -8 to 7."""
@@ -49,17 +49,13 @@ class W4A16Linear(QuantisedLinear):
 
     def quantise(self, weight: Tensor) -> None:
         """Round to nearest."""
-        groups = F.pad(weight, (0, -weight.shape[1] % self.group)).unflatten(1, (-1, self.group))
-        scale = (groups.abs().amax(dim=2) / LEVELS).to(torch.bfloat16)
-        scale = torch.where(scale == 0, 1.0, scale)
-        codes = (groups / scale.float().unsqueeze(2)).round().clamp(-8, 7) + 8
-        self.weight.copy_(pack(codes.to(torch.uint8).flatten(1)))
+        codes, scale = quantise_groups(weight, self.group, LEVELS)
+        self.weight.copy_(pack_codes(codes))
         self.scale.copy_(scale)
 
     def dequantise(self) -> Tensor:
         """(out, in) float32."""
-        codes = unpack(self.weight).unflatten(1, (-1, self.group)).float() - 8
-        return (codes * self.scale.float().unsqueeze(2)).flatten(1)[:, : self.in_features]
+        return dequantise_groups(unpack_codes(self.weight), self.scale)[:, : self.in_features]
 
     def product(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""

@@ -10,7 +10,7 @@ from sana.ops import buffer, choice
 
 @pytest.fixture(autouse=True)
 def exact_convolutions(monkeypatch) -> None:
-    """On a card, plain convolutions of fp32 are in fp32: TF32 would be further from the truth than the kernels may be."""
+    """On a card, plain convolutions of fp32 are in fp32: with TF32 they err more than kernels may."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
