@@ -108,10 +108,19 @@ def merge(rows: dict[str, Row], held: dict[str, Any]) -> None:
 
 def with_table(text: str, rows: list[Row]) -> str:
     """The page with its table replaced, or added at its end."""
-    lines = [
-        "| what | shape | ours ms | eager / ours | compiled / ours | error (eager's) | floor ms | predicted | bars |",
-        "|---|---|---|---|---|---|---|---|---|",
+    head = [
+        "what",
+        "shape",
+        "ours ms",
+        "eager / ours",
+        "compiled / ours",
+        "error (eager's)",
+        "floor ms",
+        "predicted ms",
+        "bars",
+        "when",
     ]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for row in rows:
         ours = row.ms.get("ours")
         errors = f"{row.error['ours']:.1e}" if "ours" in row.error else ""
@@ -123,7 +132,8 @@ def with_table(text: str, rows: list[Row]) -> str:
         ratios = [f"{row.ratio[peer]:.2f}" if peer in row.ratio else "" for peer in ("eager", "compiled")]
         cells = [f"{row.stage}: {row.name}", row.shape, f"{ours['median']:.3g}" if ours else MISSING, *ratios, errors]
         cells += [f"{value:.3g}" if value is not None else "" for value in (row.floor_ms, row.predicted_ms)]
-        lines.append("| " + " | ".join([*cells, bars]) + " |")
+        when = str((row.facts.get("run") or {}).get("date") or "")[:16].replace("T", " ")
+        lines.append("| " + " | ".join([*cells, bars, when]) + " |")
     new = "\n".join([BEGIN, "", *lines, "", END])
     if BEGIN in text and END in text:
         return text[: text.index(BEGIN)] + new + text[text.index(END) + len(END) :]
