@@ -108,18 +108,8 @@ def merge(rows: dict[str, Row], held: dict[str, Any]) -> None:
 
 def with_table(text: str, rows: list[Row]) -> str:
     """The page with its table replaced, or added at its end."""
-    head = [
-        "what",
-        "shape",
-        "ours ms",
-        "eager / ours",
-        "compiled / ours",
-        "error (eager's)",
-        "floor ms",
-        "predicted ms",
-        "bars",
-        "when",
-    ]
+    head = ["what", "shape", "ours ms", "eager / ours", "compiled / ours", "error (eager's)", "floor ms"]
+    head += ["predicted ms", "bars", "when"]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for row in rows:
         ours = row.ms.get("ours")
