@@ -89,29 +89,50 @@ def predictions() -> list[Row]:
 
 
 def merge(rows: dict[str, Row], held: dict[str, Any]) -> None:
-    """Take times, errors and facts of measured rows, and where and when they were measured; predictions stay new."""
+    """Take times, errors and facts of measured rows, and where and when they were measured; predictions stay new.
+
+    A day of compiled peers alone adds those to a row; a day without them leaves those that are there.
+    """
     about = {name: held.get("about", {}).get(name) for name in RUN}
     for one in held["rows"]:
-        one = {name: value for name, value in one.items() if name not in ("reached", "status")}
-        found = Row(**one)
-        if not found.ms:
-            if found.key in rows and found.failed and "run" not in rows[found.key].facts:
-                rows[found.key].failed = found.failed
-            continue
+        found = Row(**{name: value for name, value in one.items() if name not in ("reached", "status")})
         new = rows.setdefault(found.key, found)
-        new.ms, new.ratio, new.error, new.failed = found.ms, found.ratio, found.error, found.failed
-        new.facts = {name: value for name, value in found.facts.items() if name != "parts"}
-        new.facts.setdefault("run", about)
-        if new.bars.get("mfu"):  # of the same step whatever the formula was then
-            new.facts["mfu"] = found.facts.get("mfu")
+        facts = {name: value for name, value in found.facts.items() if name != "parts"}
+        if not found.ms:
+            if not new.ms:
+                new.failed = found.failed
+        elif new is found or not new.ms:
+            new.ms, new.ratio, new.error, new.failed = found.ms, found.ratio, found.error, found.failed
+            new.facts = {"run": about} | facts
+        else:
+            _update(new, found, {"run": about} | facts)
+
+
+def _update(new: Row, found: Row, facts: dict[str, Any]) -> None:
+    """Bring a measured row up to date."""
+    late = ("compiled", "ours compiled")
+    whole = "eager" in found.ms or not any(side in found.ms for side in late)
+    for name in ("ms", "ratio", "error"):
+        here, there = getattr(new, name), getattr(found, name)
+        if whole:
+            setattr(new, name, {side: v for side, v in here.items() if side in late} | there)
+        else:
+            here |= {side: v for side, v in there.items() if side in late}
+    if whole:
+        if "compiled" in new.ms and "compiled" not in found.ms:
+            facts["run_of_compiled"] = new.facts.get("run_of_compiled", new.facts["run"])
+        new.facts, new.failed = facts, found.failed
+    else:
+        new.facts["run_of_compiled"] = facts["run"]
+        new.failed |= found.failed
+        new.facts |= {"mfu": max(new.facts["mfu"], facts["mfu"])} if "mfu" in new.facts and "mfu" in facts else {}
 
 
 def with_table(text: str, rows: list[Row]) -> str:
     """The page with its table replaced, or added at its end."""
-    lines = [
-        "| what | shape | ours ms | eager / ours | compiled / ours | error (eager's) | floor ms | predicted | bars |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
+    head = ["what", "shape", "ours ms", "eager / ours", "compiled / ours", "error (eager's)", "floor ms"]
+    head += ["predicted ms", "bars", "when"]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for row in rows:
         ours = row.ms.get("ours")
         errors = f"{row.error['ours']:.1e}" if "ours" in row.error else ""
@@ -123,7 +144,8 @@ def with_table(text: str, rows: list[Row]) -> str:
         ratios = [f"{row.ratio[peer]:.2f}" if peer in row.ratio else "" for peer in ("eager", "compiled")]
         cells = [f"{row.stage}: {row.name}", row.shape, f"{ours['median']:.3g}" if ours else MISSING, *ratios, errors]
         cells += [f"{value:.3g}" if value is not None else "" for value in (row.floor_ms, row.predicted_ms)]
-        lines.append("| " + " | ".join([*cells, bars]) + " |")
+        when = str((row.facts.get("run") or {}).get("date") or "")[:16].replace("T", " ")
+        lines.append("| " + " | ".join([*cells, bars, when]) + " |")
     new = "\n".join([BEGIN, "", *lines, "", END])
     if BEGIN in text and END in text:
         return text[: text.index(BEGIN)] + new + text[text.index(END) + len(END) :]

@@ -177,5 +177,6 @@ class _Compiled:
         row.error["compiled"] = relative(fast(), both.run_theirs(given)())
         again = Row("", "", "", "")
         measure(bench, again, {"ours": captured(both.run_ours(given), bench.device), "compiled": fast})
+        row.ms = again.ms | row.ms
         row.ms["compiled"], row.ratio["compiled"] = again.ms["compiled"], again.ratio["compiled"]
         say(f"  ours beside it {again.ms['ours']['median']:.3f} ms")

@@ -104,7 +104,12 @@ def train(worktree: Path, folder: Path, name: str, updates: int, precision: str 
     done = subprocess.run(command, cwd=worktree, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{worktree}: train.py failed:\n{(done.stdout + done.stderr)[-2000:]}")
-    lines = (folder / name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return split(folder / name / "metrics.jsonl")
+
+
+def split(path: Path) -> dict[str, float]:
+    """Seconds per update and its parts: medians over the rows of a run's records but the first."""
+    lines = path.read_text(encoding="utf-8").splitlines()
     rows = [row for row in map(json.loads, lines) if any(name.startswith("time/") for name in row)][1:]
     names = {name for row in rows for name in row if name.startswith("time/")} - {"time/checkpoint"}
     parts = {name.removeprefix("time/"): median(row.get(name, 0.0) for row in rows) for name in names}

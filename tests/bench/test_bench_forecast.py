@@ -69,6 +69,31 @@ def test_a_newer_day_replaces_an_older_one() -> None:
     assert rows[key].facts["run"]["date"] == "second"
 
 
+def test_compiled_peers_of_another_day_join_a_row() -> None:
+    rows = {row.key: row for row in predictions()[:1]}
+    (key,) = rows
+
+    def day(date: str, times: dict[str, list[float]], **facts: float) -> None:
+        row = Row(*key.split(" | "), facts=dict(facts))
+        row.take(times)
+        row.error = dict.fromkeys(times, times["ours"][0])
+        merge(rows, json.loads(json.dumps({"about": {"date": date}, "rows": [row.__dict__]})))
+
+    day("first", {"ours": [7.0], "eager": [21.0]}, mfu=0.4)
+    day("second", {"ours": [8.0], "compiled": [12.0]}, mfu=0.3)
+    row = rows[key]
+    assert row.ratio == {"eager": 3.0, "compiled": 1.5}
+    assert row.ms["ours"]["median"] == 7.0
+    assert row.error == {"ours": 7.0, "eager": 7.0, "compiled": 8.0}
+    assert row.facts["mfu"] == 0.4
+    assert (row.facts["run"]["date"], row.facts["run_of_compiled"]["date"]) == ("first", "second")
+    day("third", {"ours": [5.0], "eager": [20.0]}, mfu=0.5)
+    assert row.ratio == {"eager": 4.0, "compiled": 1.5}
+    assert row.ms["ours"]["median"] == 5.0
+    assert row.facts["mfu"] == 0.5
+    assert (row.facts["run"]["date"], row.facts["run_of_compiled"]["date"]) == ("third", "second")
+
+
 def test_the_table_is_replaced_in_its_place() -> None:
     text = f"before\n\n{BEGIN}\nold\n{END}\n\nafter\n"
     page = with_table(text, [Row("s", "n", "x", "bf16")])

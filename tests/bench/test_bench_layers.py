@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from sana.bench.__main__ import main
-from sana.bench.recipe import products
+from sana.bench.recipe import products, split
 
 
 @pytest.mark.slow
@@ -40,3 +40,13 @@ def test_products_take_some_time(bf16: bool) -> None:
 def test_recipe_wants_a_worktree(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["recipe", "--before", str(tmp_path)]) == 2
     assert capsys.readouterr().err == f"bench.py recipe: --before {tmp_path} has no train.py; give a worktree\n"
+
+
+def test_parts_of_an_update_come_from_the_records(tmp_path: Path) -> None:
+    rows = [{"step": 1, "time/model": 9.0, "time/data": 9.0}, {"step": 2, "val/loss": 1.0}]
+    rows += [
+        {"step": 40 * i, "time/model": m, "time/text": 0.5, "time/checkpoint": 7.0}
+        for i, m in enumerate((1.0, 3.0, 2.0))
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert split(tmp_path / "metrics.jsonl") == {"step": 2.5, "model": 2.0, "text": 0.5}
