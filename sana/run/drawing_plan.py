@@ -360,7 +360,11 @@ def print_drawing_plan(composed: Composed, console: Console | None = None) -> No
         if name == "autoencoder" and plan.tile is not None:
             note += f", in tiles of up to {plan.tile} px"
         table.add_row(f"while the {name} works", _gib(stage.bytes), escape(note))
-    card = f"fits a card of {plan.card} GB" if plan.card else f"more than a card of {CARDS[-1]} GB has"
+    card = (
+        f"fits a card of {plan.card} GB, without its CUDA context"
+        if plan.card
+        else f"more than a card of {CARDS[-1]} GB has"
+    )
     size = f"{plan.images} image(s) of {plan.width}x{plan.height} px at once, offload={config.offload}"
     table.add_row("peak", _gib(plan.peak), escape(f"{card}; {size}"))
     console.print(table)
