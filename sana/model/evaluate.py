@@ -149,9 +149,10 @@ def _open_manifest(folder: Path, jobs: Sequence[Job], settings: Mapping[str, Any
         "settings": json.loads(to_json(settings)),
     }
     known = read_results(folder / MANIFEST)
+    stray = known is None and any(folder.glob("**/*.png"))
     barrier()  # all ranks have looked before the first writes
     if known is None:
-        if any(folder.glob("**/*.png")):
+        if stray:
             raise ValueError(f"evaluate: {folder} holds images of unknown origin; give an empty folder to draw into")
         folder.mkdir(parents=True, exist_ok=True)
         known = {**wanted, "seconds": 0.0}

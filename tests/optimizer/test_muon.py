@@ -56,7 +56,7 @@ def test_steps_equal_torch(decay: float) -> None:
                 each.step()
     for (name, p), q in zip(ours.named_parameters(), theirs.parameters(), strict=True):
         # Both orthogonalise in bfloat16; a batched product may round its last bit otherwise.
-        assert torch.allclose(p, q, rtol=2e-3, atol=3e-4), name
+        assert torch.allclose(p, q, rtol=2e-3, atol=1e-3), name
 
 
 def test_state_resumes_bit_for_bit() -> None:
