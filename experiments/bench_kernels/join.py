@@ -7,17 +7,22 @@ import sys
 from pathlib import Path
 
 
+NAMES = ("blocks", "recipe", "recipe_fp32")
+
+
 def main(folder: Path) -> None:
-    """Join blocks.json and recipe.json, where they are there, and remove them."""
+    """Join those of NAMES, where they are there, and remove them."""
     results: dict[str, object] = {}
-    for name in ("blocks", "recipe"):
+    for name in NAMES:
         path = folder / f"{name}.json"
         if path.exists():
             one = json.loads(path.read_text(encoding="utf-8"))
             numbers = {key: value for key, value in one.items() if isinstance(value, float)}
-            results |= numbers | {name: {key: value for key, value in one.items() if key not in numbers}}
+            suffix = "_fp32" if name == "recipe_fp32" else ""
+            results |= {key + suffix: value for key, value in numbers.items()}
+            results[name] = {key: value for key, value in one.items() if key not in numbers}
     (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    for name in ("blocks", "recipe"):
+    for name in NAMES:
         (folder / f"{name}.json").unlink(missing_ok=True)
 
 
