@@ -6,7 +6,6 @@ import json
 import sys
 from pathlib import Path
 
-
 NAMES = ("blocks", "recipe", "recipe_fp32")
 
 

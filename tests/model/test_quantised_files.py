@@ -63,7 +63,9 @@ def network_of(*overrides: str) -> nn.Module:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=pytest.mark.long if kind.startswith("svd") else ()) for kind in KINDS]
+)
 def test_a_file_holds_what_quantising_gives(kind: str, tmp_path: Path) -> None:
     path = written(tmp_path, kind)
     now, loaded = network_of("ckpt=scenes_sprint", f"quant={kind}"), network_of(f"ckpt={path}")

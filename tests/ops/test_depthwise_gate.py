@@ -110,6 +110,7 @@ def test_half_precision_is_as_good_as_eager(dtype, kernel_device, triton_kernels
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_programs_share_columns_and_take_several_strips(kernel_device, nan_buffers, triton_kernels, monkeypatch):
     from sana.ops.depthwise_gate import triton
 

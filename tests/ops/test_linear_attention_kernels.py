@@ -301,6 +301,7 @@ with torch.no_grad():
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_compiled_without_breaks():
     """In a process of its own, without the type checks of the tests, which torch.compile cannot see through."""
     done = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True, check=False)
