@@ -110,14 +110,23 @@ def _interpreted() -> bool:
 
 
 @torch.compiler.assume_constant_result
-@cache
 def _installed() -> bool:
-    return find_spec("triton") is not None
+    return _found()
 
 
 @torch.compiler.assume_constant_result
-@cache
 def _capable(index: int) -> bool:
+    return _new_enough(index)
+
+
+# Behind plain functions: torch 2.11 traces what `cache` wraps even where the result is to be taken as a constant.
+@cache
+def _found() -> bool:
+    return find_spec("triton") is not None
+
+
+@cache
+def _new_enough(index: int) -> bool:
     return torch.version.hip is None and torch.cuda.get_device_capability(index) >= CAPABILITY
 
 
