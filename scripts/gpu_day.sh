@@ -59,9 +59,16 @@ rows() {
     return "$code"
 }
 
+# kernel_tests SECONDS PROCESSES: a line per test as it ends (-v), so that what failed is known where time runs out; the
+# processes get ten seconds to stop, and only then pytest says why.
 kernel_tests() {
-    "${tests[@]}" timeout -s INT -k 8 "$1" "$python" -m pytest -q -p no:cacheprovider -n "$2" -m "not long and not slow" \
+    "${tests[@]}" timeout -s INT -k 20 "$1" "$python" -m pytest -v -p no:cacheprovider -n "$2" -m "not long and not slow" \
         tests/ops --ignore tests/ops/test_random.py --ignore tests/ops/test_resize.py >"$out/kernel_tests.txt" 2>&1
+}
+
+# failures FILE...: each test that failed, once, with its reason where pytest came to say it.
+failures() {
+    grep -hoE "(FAILED|ERROR) tests/.*" "$@" | cut -c 1-200 | sort -r | awk '!seen[$2]++'
 }
 
 case $stage in
@@ -77,13 +84,16 @@ day)
     wait "$checks"
     kill "$warm" 2>/dev/null
     echo "kernel tests: $(tail -n 1 "$out/kernel_tests.txt")"
-    grep -E "^(FAILED|ERROR)" "$out/kernel_tests.txt" | cut -c 1-200 | head -20
+    failures "$out/kernel_tests.txt" | head -40
     ;;
 tests)
     ready
-    kernel_tests 400 8
-    tail -n 15 "$out/kernel_tests.txt"
-    "$python" -m pytest -q -p no:cacheprovider -m gpu tests | tee "$out/tests.txt" | tail -n 5
+    kernel_tests 330 8
+    tail -n 1 "$out/kernel_tests.txt"
+    failures "$out/kernel_tests.txt"
+    timeout -s INT -k 20 100 "$python" -m pytest -v -p no:cacheprovider -m gpu tests >"$out/tests.txt" 2>&1
+    tail -n 1 "$out/tests.txt"
+    failures "$out/tests.txt"
     ;;
 operators | models | autoencoder | end | update)
     ready

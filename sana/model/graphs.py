@@ -30,6 +30,8 @@ LATENT_PIXELS = 1 << 14
 """Above so many per call (16 images of 1024 x 1024 pixels) the launches hide behind the work, and nothing is gained."""
 DECODED_PIXELS = 1 << 20
 """The same for decoding: one image of 1024 x 1024."""
+PROMPT_TOKENS = 1 << 11
+"""The same for keys and values of captions, with their padding; a graph would hold them twice, for all layers."""
 SHARE = 0.25
 """Of the free memory that decoding may take in a graph, where it stays taken."""
 WARM_UPS = 1
@@ -218,6 +220,8 @@ class PromptGraphs:
             return self.network.prepare(Condition(text)).text_kv
         u, l, c = text.shape
         length = -(-l // LENGTH) * LENGTH
+        if u * length > PROMPT_TOKENS:
+            return self.network.prepare(Condition(text)).text_kv
         key = (u, length, c, text.dtype, chosen(), *_autocast(text))
         self.graphs.check_places()
         found = self.graphs.find(key)
@@ -305,9 +309,15 @@ def _fill(inputs: tuple[Tensor, Tensor, Prepared], x: Tensor, t: Tensor) -> None
 
 
 def _fill_prompt(room: Prepared, prepared: Prepared) -> None:
-    """Copy a prompt; beyond its length stays what was there, which the mask excludes."""
+    """Copy a prompt, and zeros beyond its length.
+
+    The mask excludes what lies there, but NaN times a weight of zero is NaN, and a caption that is masked in full
+    attends to everything.
+    """
     length = prepared.text_kv[0].shape[1]
     torch._foreach_copy_([layer[:, :length] for layer in room.text_kv], list(prepared.text_kv))
+    if length < room.text_kv[0].shape[1]:
+        torch._foreach_zero_([layer[:, length:] for layer in room.text_kv])
     if room.mask is not None:
         room.mask.zero_()
         room.mask[:, :length] = True if prepared.mask is None else prepared.mask

@@ -44,10 +44,11 @@ class TextGraphs:
         if found is None:
             inputs = ids.new_full((1, length), int(self.encoder.tokenizer.pad_token_id))
             inputs[:, :n] = ids
-            found = self.graphs.record(key, inputs, ids.device, lambda: self.encoder.hidden(inputs, prefix))
+            held = inputs, prefix  # kept as long as the graph, which reads both and is known by the prefix's identity
+            found = self.graphs.record(key, held, ids.device, lambda: self.encoder.hidden(inputs, prefix))
             if found is None:
                 return self.encoder.hidden(ids, prefix)
         else:
-            found.inputs[:, :n] = ids
+            found.inputs[0][:, :n] = ids
         found.replay()
         return found.output[:, :n].clone()

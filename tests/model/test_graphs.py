@@ -175,6 +175,22 @@ def test_a_prompt_is_copied_once_and_a_new_one_again(monkeypatch):
     assert torch.equal(replayed(x, at(x, 0.5), third), net(x, at(x, 0.5), graphs.padded(third)))
 
 
+def test_nothing_of_an_earlier_prompt_is_left():
+    net, capture = network(), StandIn()
+    replayed, x = NetworkGraphs(net, capture), latents(net)
+    broken, after, unseen = prompt(net, 40), prompt(net, 7, seed=1), prompt(net, 9, seed=2)
+    for layer in broken.text_kv:
+        layer.fill_(torch.nan)
+    assert unseen.mask is not None
+    unseen.mask[1] = False  # attends to all there is
+    assert replayed(x, at(x, 0.5), broken).isnan().any()
+    for text in (after, unseen):
+        got = replayed(x, at(x, 0.5), text)
+        assert torch.equal(got, net(x, at(x, 0.5), padded(text)))
+        assert got.isfinite().all()
+    assert capture.count == 1
+
+
 def test_results_stay_when_the_graph_is_replayed():
     net = network()
     replayed, text = NetworkGraphs(net, StandIn()), prompt(net, 7)
@@ -311,6 +327,11 @@ def test_features_of_prompts_by_graph(instruction):
     assert capture.count == 2, "two lengths"
     alone, among = by_graph.rows([prompts[1]])[0], by_graph.rows(prompts[::-1])[3]
     assert torch.equal(alone, among), "features of a prompt depend on it alone"
+    if instruction is not None:  # read again, it may have the identity of the old one, which graphs have read
+        old, encoder._prefix = id(encoder._prefix), None
+        assert by_graph.rows(prompts[:1])
+        assert id(encoder._prefix) != old
+        assert capture.count == 3
     encoder.model.config.sliding_window = 20
     by_graph = TextGraphs(encoder, capture := StandIn())
     for got, want in zip(by_graph.rows(prompts), encoder.rows(prompts), strict=True):
@@ -319,7 +340,7 @@ def test_features_of_prompts_by_graph(instruction):
 
 
 @pytest.mark.parametrize("number", [1, 3])
-def test_keys_and_values_by_graph(number):
+def test_keys_and_values_by_graph(number, monkeypatch):
     net, capture = network(), StandIn()
     by_graph = PromptGraphs(net, capture)
     for seed, length in enumerate((7, 64, 9, 70)):
@@ -330,6 +351,9 @@ def test_keys_and_values_by_graph(number):
     assert capture.count == 2
     with torch.enable_grad():
         assert len(by_graph(text)) == len(net.blocks)
+    monkeypatch.setattr(graphs, "PROMPT_TOKENS", 63)  # what is larger goes the usual way
+    for got, want in zip(by_graph(text[:, :9]), net.prepare(Condition(text[:, :9])).text_kv, strict=True):
+        assert torch.equal(got, want)
     assert capture.count == 2
 
 

@@ -73,7 +73,22 @@ def test_doubling_is_convolving_the_repeated_map(
         assert op.kernels_for(x, layer.conv.weight, layer.conv.bias)
         got = layer(x)
     assert len(nan_buffers) in (1, 2), "the result, and on a GPU the kernels' weights"
-    close(got, want, plain, dtype, 2.0)  # sums of weights are rounded to bf16 once more, as much as the result is
+    close(got, want, plain, dtype, 2.5)  # sums of weights and the parts are rounded to bf16 too, as much as the result
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("b", "c", "d", "h", "w"), [(1, 4, 4, 3, 5), (2, 8, 4, 1, 7), (3, 6, 12, 4, 2), (1, 4, 1, 1, 1)]
+)
+@pytest.mark.parametrize("shortcut", [True, False])
+def test_parts_of_a_doubled_map_are_joined(b, c, d, h, w, shortcut, dtype, kernel_device, nan_buffers, triton_kernels):
+    """Called by itself: on a CPU, convolutions add the bias, and the layer does without this kernel."""
+    parts = [make((b, d, h + 1, w + 1), dtype, kernel_device, seed) for seed in range(4)]
+    x, bias = make((b, c, h, w), dtype, kernel_device, 4), make((d,), dtype, kernel_device, 5)
+    got = op.double(parts, x, bias, shortcut)
+    assert len(nan_buffers) == 1
+    want = naive.double([part.double() for part in parts], x.double(), bias.double(), shortcut)
+    close(got, want, naive.double(parts, x, bias, shortcut), dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -119,9 +119,10 @@ def bias_silu(x: Tensor, bias: Tensor) -> Tensor:
     """`naive.bias_silu` of a map in channels_last."""
     b, c, h, w = x.shape
     y = new_empty(x, (b, h, w, c))
-    _add_and_silu[(triton.cdiv(x.numel(), SIZE),)](
-        x, bias.contiguous(), y, x.numel(), c, SIZE=SIZE, num_warps=WARPS, num_stages=1
-    )
+    with torch.cuda.device_of(x):
+        _add_and_silu[(triton.cdiv(x.numel(), SIZE),)](
+            x, bias.contiguous(), y, x.numel(), c, SIZE=SIZE, num_warps=WARPS, num_stages=1
+        )
     return y.movedim(-1, 1)
 
 
@@ -129,7 +130,8 @@ def doubling_kernels(weight: Tensor) -> list[Tensor]:
     """`naive.doubling_kernels` of a weight in channels_last; they are, too."""
     d, c = weight.shape[:2]
     y = new_empty(weight, (4, d, 2, 2, c))
-    _add_taps[(triton.cdiv(4 * d * c, SIZE), 4)](weight, y, 4 * d * c, c, SIZE=SIZE, num_warps=WARPS, num_stages=1)
+    with torch.cuda.device_of(weight):
+        _add_taps[(triton.cdiv(4 * d * c, SIZE), 4)](weight, y, 4 * d * c, c, SIZE=SIZE, num_warps=WARPS, num_stages=1)
     return [kernel.movedim(-1, 1) for kernel in y]
 
 
@@ -138,10 +140,11 @@ def double(parts: list[Tensor], x: Tensor, bias: Tensor, shortcut: bool) -> Tens
     (b, c, h, w), d = x.shape, parts[0].shape[1]
     y = new_empty(x, (b, 2 * h, 2 * w, d))
     count = b * h * w * d
-    _interleave[(triton.cdiv(count, SIZE), 4)](
-        *parts, x, bias.contiguous(), y, count, h, w, c, d,
-        SHORTCUT=shortcut, REPEAT=4 * d // c if shortcut else 1, SIZE=SIZE, num_warps=WARPS, num_stages=1,
-    )  # fmt: skip
+    with torch.cuda.device_of(x):
+        _interleave[(triton.cdiv(count, SIZE), 4)](
+            *parts, x, bias.contiguous(), y, count, h, w, c, d,
+            SHORTCUT=shortcut, REPEAT=4 * d // c if shortcut else 1, SIZE=SIZE, num_warps=WARPS, num_stages=1,
+        )  # fmt: skip
     return y.movedim(-1, 1)
 
 
@@ -151,9 +154,10 @@ def convolve_to_few(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     taps = torch.nn.functional.pad(weight.permute(2, 3, 1, 0), (0, 16 - d)).contiguous()
     y = new_empty(x, (b, h, w, d))
     tile = _tile(x.dtype)
-    _few[(b * h * triton.cdiv(w, tile["PIXELS"]),)](
-        x, taps, bias.contiguous(), y, h, w, c, d, FEW=16, **tile, num_warps=4, num_stages=3
-    )
+    with torch.cuda.device_of(x):
+        _few[(b * h * triton.cdiv(w, tile["PIXELS"]),)](
+            x, taps, bias.contiguous(), y, h, w, c, d, FEW=16, **tile, num_warps=4, num_stages=3
+        )
     return y.movedim(-1, 1)
 
 
