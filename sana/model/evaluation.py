@@ -15,8 +15,8 @@ import torch.distributed as dist
 from sana.metric.pictures import Pictures
 from sana.metric.ranks import rank
 from sana.model.found import Lines
-from sana.model.load import load_weights, make_painter
-from sana.model.placing import hasten
+from sana.model.load import load_weights
+from sana.model.placing import place_painter
 from sana.model.quantise import quantise
 from sana.run.build import build, build_all
 from sana.run.compose import Composed
@@ -99,7 +99,7 @@ def drawing_of(composed: Composed, restored: Restored, lines: Lines | None) -> d
     load_weights(restored.module, restored.checkpoint, config.weights, *allowed)
     quantise(composed, restored)
     speed: dict[str, Any] = {"bf16": restored.bf16, "graphs": config.graphs, "compile": config.compile}
-    painter = hasten(make_painter(restored.module, restored.device), **speed)
+    painter = place_painter(restored.module, restored.device, **speed)
     sampler = build(config.sampler, "sampler")
 
     def images(prompts: list[str], seeds: list[int]) -> np.ndarray:

@@ -21,8 +21,8 @@ from sana.model.calibration import default_prompts, prompts_of
 from sana.model.generate import Painter
 from sana.model.load import bare_painter, load_weights
 from sana.model.probe import Probe
-from sana.quant.rebuild import describe
-from sana.quant.report import Report, measure_errors, report_of
+from sana.quant.rebuild import describe, kinds_of
+from sana.quant.report import Report, arithmetic, measure_errors, report_of
 from sana.run.build import build
 from sana.run.compose import Composed
 from sana.run.error import ConfigError
@@ -37,7 +37,7 @@ MEASURED = 8  # prompts that errors are measured on where none are given
 
 def quantise(composed: Composed, restored: Restored) -> None:
     """Quantise the network of a recipe with its weights, in place, as the configuration's `quant` says, if it says
-    anything; and tell on stderr what was done.
+    anything; and tell on stderr what was done, or how the weights of the file are quantised.
 
     Args:
         composed: of sample.py or eval.py.
@@ -47,9 +47,13 @@ def quantise(composed: Composed, restored: Restored) -> None:
         ValueError: a layer or pattern that does not fit the network.
     """
     if composed.config.quant is not None:
-        report = _quantised(composed, restored)
-        if rank() == 0:
-            print(report.summary(), file=sys.stderr, flush=True)
+        said = _quantised(composed, restored).summary()
+    elif restored.quant is not None:
+        said = f"{kinds_of(restored.module.network)}, as in the file; {_arithmetic(restored)}"
+    else:
+        return
+    if rank() == 0:
+        print(said, file=sys.stderr, flush=True)
 
 
 def _quantised(composed: Composed, restored: Restored) -> Report:
@@ -69,7 +73,14 @@ def _quantised(composed: Composed, restored: Restored) -> Report:
             module.network = quant(module.network, _probe(composed, painter, prompts, seed=0))
     else:
         module.network = quant(module.network)
-    return report_of(module.network)
+    report = report_of(module.network)
+    report.arithmetic = _arithmetic(restored)
+    return report
+
+
+def _arithmetic(restored: Restored) -> str:
+    """How products are computed where the network will draw, which need not be where it is quantised."""
+    return arithmetic(restored.module.network, restored.device)
 
 
 def quantise_to_file(composed: Composed) -> tuple[Report, Path, Path]:

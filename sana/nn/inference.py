@@ -64,6 +64,20 @@ def cast_products(part: nn.Module, kinds: tuple[type[nn.Module], ...], dtype: to
                     parameter.data = parameter.data.to(dtype)
 
 
+def cast_once(network: nn.Module, autoencoder: nn.Module | None) -> None:
+    """Cast what drawing under autocast to bf16 would cast at every call: the products of the network's blocks and
+    of the autoencoder's decoder; in place.
+
+    Args:
+        network: with `blocks`.
+        autoencoder: None where it does not run under the autocast; one without a module `decoder` is left as it is.
+    """
+    blocks, decoder = network.get_submodule("blocks"), getattr(autoencoder, "decoder", None)
+    cast_products(blocks, LINEAR, torch.bfloat16)
+    if isinstance(decoder, nn.Module):
+        cast_products(decoder, (nn.Conv2d,), torch.bfloat16)
+
+
 def for_inference(network: nn.Module) -> nn.Module:
     """Replaces the linear layers of a network, in place, by `InferenceLinear` with the same parameters.
 

@@ -50,9 +50,10 @@ def convert(
     for name, child in module.named_modules(remove_duplicate=False):
         names[child].append(name)
     known = [name for several in names.values() for name in several]
-    for pattern in (*include, *exclude):
-        if not _matches(pattern, known):
-            raise ValueError(f"the pattern {pattern!r} matches no layer of {type(module).__name__}")
+    for which, patterns in (("include", include), ("exclude", exclude)):
+        for pattern in patterns:
+            if not _matches(pattern, known):
+                raise ValueError(f"{which}: the pattern {pattern!r} matches no layer of {type(module).__name__}")
 
     owners: dict[Tensor, set[str]] = defaultdict(set)
     for child, aliases in names.items():

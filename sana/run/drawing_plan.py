@@ -23,6 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sana.aspect_ratio import drawn_size
 from sana.checkpoint.record import read_quantisation
+from sana.nn.inference import cast_once
 from sana.ops.allocations import Allocations
 from sana.quant.rebuild import kinds_of, rebuild
 from sana.quant.report import arithmetic
@@ -103,6 +104,9 @@ def make_drawing_plan(composed: Composed) -> DrawingPlan:
     model = training_behind(config).config.model
     autocast = config.precision in ("auto", "bf16-mixed")
     network, autoencoder = _network(config, model), _autoencoder(config, model)
+    inside = autocast and config.dtype.autoencoder == "auto"
+    if autocast:
+        cast_once(network, autoencoder if inside else None)
     text = _text(config, model)
     ratio = autoencoder.ratio
     height, width = _size(config, ratio * network.patch)
@@ -121,7 +125,6 @@ def make_drawing_plan(composed: Composed) -> DrawingPlan:
     pairs = 2 if config.sampler.guidance != 1 and network.guidance_embed is None else 1
     with torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext(), fake:
         drawing = _denoising(network, latents, pairs, int(config.sampler.steps), text)
-    inside = autocast and config.dtype.autoencoder == "auto"
     with torch.autocast("cpu", torch.bfloat16) if inside else nullcontext():
         decoding, tile = _decoding(autoencoder, latents, parts["autoencoder"], fake)
     working = {"text encoder": text.activations, "network": drawing, "autoencoder": decoding}

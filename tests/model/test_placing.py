@@ -9,18 +9,17 @@ import torch
 from torch import nn
 
 from sana.encoder.autoencoder.dc_ae import DCAE
+from sana.model.compile_gate import use_compiled
 from sana.model.generate import Painter
 from sana.model.offload import Offload
-from sana.model.placing import hasten
+from sana.model.use_graphs import use_graphs
 from sana.network.sana import Sana
 from sana.nn.block import Block
 from sana.nn.cross_attention import CrossAttention
-from sana.nn.inference import for_inference
+from sana.nn.inference import cast_once, for_inference
 from sana.nn.linear_attention import LinearAttention
 from sana.nn.mix_ffn import MixFFN
 from sana.types import Condition
-
-PLAIN = {"bf16": False, "graphs": "auto", "compile": False}
 
 
 def autoencoder(**settings) -> DCAE:
@@ -48,7 +47,7 @@ def test_weights_cast_once_draw_the_bits_of_autocast(own):
     with torch.autocast("cpu", torch.bfloat16):
         text = whole.network.prepare(Condition(torch.randn(2, 7, 10)))
         velocity, pixels = whole.network(z, t, text), whole.decode(z)
-        hasten(whole, **(PLAIN | {"bf16": True}))
+        cast_once(whole.network, None if own else whole.autoencoder)
         assert torch.equal(whole.network(z, t, text), velocity)
         assert (whole.decode(z) == pixels).all()
     kinds = {nn.Conv2d: torch.float32 if own else torch.bfloat16, nn.Parameter: torch.float32}
@@ -58,15 +57,14 @@ def test_weights_cast_once_draw_the_bits_of_autocast(own):
     assert whole.network.blocks[1].cross.kv.weight.dtype == torch.bfloat16
 
 
-def test_nothing_is_cast_without_autocast():
-    whole = hasten(painter(), **PLAIN)
-    assert {p.dtype for p in (*whole.network.parameters(), *whole.autoencoder.parameters())} == {torch.float32}
-    assert whole.velocity is None  # no CUDA device: no graphs
+def test_there_are_no_graphs_without_a_cuda_device():
+    whole = use_graphs(painter(), "auto")
+    assert whole.velocity is None
 
 
 def test_offload_and_compile_exclude_each_other():
     with pytest.raises(ValueError, match="compile: true with offload=sequential"):
-        hasten(painter(offload=Offload("sequential", "cpu")), **(PLAIN | {"compile": True}))
+        use_compiled(painter(offload=Offload("sequential", "cpu")), True)
 
 
 @torch.no_grad()

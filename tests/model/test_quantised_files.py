@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import struct
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -245,3 +246,20 @@ def test_rebuilding_gives_layers_of_the_same_state(kind: str) -> None:
 def test_every_option_of_the_group_is_known() -> None:
     """A format that files cannot hold would be found out only when somebody's file does not load."""
     assert {option for option in list_options("quant") if option not in ("none", "fp8_train")} == set(LAYERS)
+
+
+def test_the_report_speaks_of_the_device_that_draws(
+    file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A network is quantised on the CPU and drawn with on a card that multiplies in FP8."""
+    monkeypatch.setattr("sana.quant.fp8.capability", lambda device: (9, 0) if device.type == "cuda" else (0, 0))
+    for ckpt, extra, device, said in (
+        ("scenes_sprint", ["quant=fp8"], "cuda", "FP8 products, bf16 results"),
+        ("scenes_sprint", ["quant=fp8"], "cpu", "emulated: FP8"),
+        (str(file), [], "cpu", "int8_weight, as in the file; weights are dequantised"),
+    ):
+        composed = prepare("sample", ["prompt=a ring", "device=cpu", "precision=32-true", f"ckpt={ckpt}", *extra])
+        restored = replace(restore(composed), device=torch.device(device))
+        load_weights(restored.module, restored.checkpoint)
+        quantise(composed, restored)
+        assert said in capsys.readouterr().err

@@ -44,8 +44,16 @@ def test_weights_are_the_published_counts_in_their_types() -> None:
     half = {"text encoder": 2 * GEMMA, "network": 2 * NETWORK, "autoencoder": 2 * AUTOENCODER}
     assert found.parts == pytest.approx(half, abs=1000)  # and some frequencies
     assert {stage.weights for stage in found.stages.values()} == {sum(found.parts.values())}
-    full = plan(LARGE, "height=256", "width=256", "bins=false")
+    whole = (LARGE, "height=256", "width=256", "bins=false")
+    full = plan(*whole, "precision=32-true")
     assert full.parts == half | {"network": 4 * NETWORK, "autoencoder": 4 * AUTOENCODER, **_text_of(found)}
+    mixed = plan(
+        *whole, "dtype.autoencoder=float32"
+    )  # under autocast the linear layers of the 20 blocks are in 16 bits
+    d, ffn = 2240, 11200
+    linear = 20 * (d * (3 * d + d + d + 2 * d + d + ffn + ffn // 2) + 5 * d + ffn)
+    assert mixed.parts == full.parts | {"network": 4 * NETWORK - 2 * linear}
+    assert AUTOENCODER * 2 < plan(*whole).parts["autoencoder"] < AUTOENCODER * 4  # of which the decoder's convolutions
     parts = plan(*SMALL, "offload=model")
     assert {name: stage.weights for name, stage in parts.stages.items()} == parts.parts == found.parts
 
@@ -93,7 +101,7 @@ def test_activations_are_those_of_a_real_drawing(ckpt: str, extra: list[str]) ->
     cast_parts(restored.module, composed.config.precision, "auto", "auto")
     if composed.config.quant is not None:
         restored.module.network = build(composed.config.quant, "quant")(restored.module.network)
-    painter, node = place_painter(restored.module, restored.device), composed.config.sampler
+    painter, node = place_painter(restored.module, restored.device, bf16=restored.bf16), composed.config.sampler
     solver, grid = build(node.solver, "solver"), build(node.grid, "grid")
     sampler = (FewStep if ckpt == "scenes_sprint" else Sampler)(solver, grid, node.steps, node.guidance)
     prompts, seeds = [f"{'red ' * words}{i}" for i in range(n)], list(range(n))
