@@ -6,7 +6,7 @@ import json
 import sys
 from pathlib import Path
 
-NAMES = ("blocks", "recipe", "recipe_fp32")
+NAMES = ("blocks", "recipe")
 
 
 def main(folder: Path) -> None:
@@ -17,9 +17,7 @@ def main(folder: Path) -> None:
         if path.exists():
             one = json.loads(path.read_text(encoding="utf-8"))
             numbers = {key: value for key, value in one.items() if isinstance(value, float)}
-            suffix = "_fp32" if name == "recipe_fp32" else ""
-            results |= {key + suffix: value for key, value in numbers.items()}
-            results[name] = {key: value for key, value in one.items() if key not in numbers}
+            results |= numbers | {name: {key: value for key, value in one.items() if key not in numbers}}
     (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     for name in NAMES:
         (folder / f"{name}.json").unlink(missing_ok=True)

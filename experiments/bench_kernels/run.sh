@@ -14,5 +14,4 @@ if [ -z "$before" ]; then
     trap 'git worktree remove --force "$before"' EXIT
 fi
 PYTHONPATH=. "$python" scripts/bench.py recipe --before "$before" --json "$here/recipe.json"
-PYTHONPATH=. "$python" scripts/bench.py recipe --before "$before" --precision 32-true --json "$here/recipe_fp32.json"
 "$python" "$here/join.py" "$here"
