@@ -107,7 +107,7 @@ def about(device: torch.device) -> dict[str, Any]:
         "card": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
         "driver": card[0]["driver_version"] if card and device.type == "cuda" else None,
         "commit": os.environ.get("SANA_COMMIT") or git.get("commit"),
-        "command": " ".join(["bench.py", *sys.argv[1:]]),
+        "command": " ".join(["bench.py", *(Path(a).name if Path(a).is_absolute() else a for a in sys.argv[1:])]),
         "python": platform.python_version(),
         "versions": {name: installed(name) for name in ("torch", "triton", "diffusers", "transformers")},
         "threads": torch.get_num_threads(),
