@@ -113,19 +113,28 @@ def by_task(values: NDArray[Any]) -> dict[str, NDArray[Any]]:
     return {task: values[i * PER_TASK : (i + 1) * PER_TASK] for i, task in enumerate(TASKS)}
 
 
-def compare(found: dict[str, NDArray[Any]], base: dict[str, NDArray[Any]]) -> dict[str, Any]:
-    """Score, and difference from full precision on the same pairs; 95 % by a bootstrap of the prompts of each task."""
+def compare(
+    found: dict[str, NDArray[Any]], base: dict[str, NDArray[Any]], half: dict[str, NDArray[Any]] | None
+) -> dict[str, Any]:
+    """Score, and difference from full precision (and from bf16, where that was drawn) on the same pairs; 95 % by a
+    bootstrap of the prompts of each task."""
     right, other = found["right"].astype(float), base["right"].astype(float)
+    against = {} if half is None else {"difference_to_bf16": _difference(right, half["right"].astype(float))}
     squares = (found["images"].astype(float) - base["images"]) ** 2
     errors = squares.mean((1, 2, 3)).clip(min=1e-10)
     return {
         "score": mean_of_means_interval(by_task(right)).asdict(),
-        "difference": mean_of_means_interval(by_task(right - other)).asdict(),
+        "difference": _difference(right, other),
+        **against,
         "changed_verdicts": int((right != other).sum()),
         "tasks": {task: float(values.mean()) for task, values in by_task(right).items()},
         "median_psnr": None if not squares.any() else float(np.median(10 * np.log10(255**2 / errors))),
         "seconds_per_pair": float(found["seconds"].sum() / len(right)),
     }
+
+
+def _difference(right: NDArray[Any], other: NDArray[Any]) -> dict[str, Any]:
+    return mean_of_means_interval(by_task(right - other)).asdict()
 
 
 def layers(arm: str) -> dict[str, Any]:
@@ -161,13 +170,13 @@ def main() -> None:
         raise SystemExit(f"ARMS: {', '.join(unknown)} unknown; there are {', '.join(ARMS)}")
     for arm in dict.fromkeys([BASE, *chosen]):
         draw(arm)
-    base = gathered(BASE)
+    base, half = gathered(BASE), gathered("bf16")
     assert base is not None
     arms: dict[str, Any] = {}
     for arm in ARMS:
         found = gathered(arm)
         if found is not None:
-            arms[arm] = compare(found, base) | ({"layers": layers(arm)} if ARMS[arm] else {})
+            arms[arm] = compare(found, base, half) | ({"layers": layers(arm)} if ARMS[arm] else {})
     content = {
         "pairs": len(pairs()),
         "seed": SEED,
