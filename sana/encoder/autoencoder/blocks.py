@@ -10,6 +10,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from sana.ops.decoding import naive as decoding
+from sana.ops.decoding.naive import doubling_kernel
 from sana.ops.decoding.op import bias_silu, double, doubling_kernels, kernels_for
 from sana.ops.depthwise_gate.op import depthwise_gate
 from sana.ops.linear_attention.naive import relu_attention_answer, relu_attention_sums
@@ -267,12 +269,13 @@ class Upsample(Local):
     def _by_parity(self, x: Tensor) -> Tensor:
         """The same without enlarging x: four ninths of the products remain, and no map of the larger size but the
         result."""
-        within = x.device.type == "cpu"  # where a convolution adds its bias at no cost
-        bias = self.conv.bias
-        parts = [
-            F.conv2d(x, kernel, bias if within else None, padding=1) for kernel in doubling_kernels(self.conv.weight)
-        ]
-        return double(parts, x, None if within else bias, self.shortcut)
+        weight, bias = self.conv.weight, self.conv.bias
+        assert bias is not None
+        if kernels_for(x, weight, bias):
+            parts = [F.conv2d(x, kernel, padding=1) for kernel in doubling_kernels(weight)]
+            return double(parts, x, bias, self.shortcut)
+        one_by_one = (F.conv2d(x, doubling_kernel(weight, k), bias, padding=1) for k in range(4))  # to save memory
+        return decoding.double(one_by_one, x, None, self.shortcut)
 
 
 def _is_channels_last(x: Tensor) -> bool:

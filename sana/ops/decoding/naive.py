@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -20,8 +22,13 @@ def doubling_kernels(weight: Float[Tensor, "d c 3 3"]) -> list[Float[Tensor, "d 
     in the enlarged map, two are the same place of the map, and their weights are added. Rows 0, 0, 1, 1 and columns 0,
     1, 0, 1 (mod 2) of the result.
     """
-    kernels = [_add_taps(_add_taps(weight, 2, i), 3, j) for i in (0, 1) for j in (0, 1)]
-    return [kernel.contiguous(memory_format=torch.channels_last) for kernel in kernels]
+    return [doubling_kernel(weight, k) for k in range(4)]
+
+
+def doubling_kernel(weight: Float[Tensor, "d c 3 3"], k: int) -> Float[Tensor, "d c 2 2"]:
+    """Number k of `doubling_kernels`."""
+    kernel = _add_taps(_add_taps(weight, 2, k // 2), 3, k % 2)
+    return kernel.contiguous(memory_format=torch.channels_last)
 
 
 def _add_taps(kernel: Tensor, dim: int, odd: int) -> Tensor:
@@ -31,7 +38,7 @@ def _add_taps(kernel: Tensor, dim: int, odd: int) -> Tensor:
 
 
 def double(
-    parts: list[Float[Tensor, "b d h_1 w_1"]],
+    parts: Iterable[Float[Tensor, "b d h_1 w_1"]],
     x: Float[Tensor, "b c h w"],
     bias: Float[Tensor, " d"] | None,
     shortcut: bool,
@@ -40,14 +47,16 @@ def double(
 
     Args:
         parts: their results, x padded by one on every side: the part of row i and column j begins at its place (i, j).
+            Each is needed once, so they may be made one after the other.
         x: what was convolved.
         bias: added; None where the parts have it.
         shortcut: add the channels of x, each 4 d / c times in a row, shuffled to pixels.
     """
-    (b, c, h, w), d = x.shape, parts[0].shape[1]
-    y = torch.empty(b, 2 * h, 2 * w, d, dtype=x.dtype, device=x.device).movedim(-1, 1)
+    (b, c, h, w), y = x.shape, x
     for k, part in enumerate(parts):
-        i, j = divmod(k, 2)
+        (i, j), d = divmod(k, 2), part.shape[1]
+        if k == 0:
+            y = torch.empty(b, 2 * h, 2 * w, d, dtype=x.dtype, device=x.device).movedim(-1, 1)
         own = part[:, :, i : i + h, j : j + w]
         if bias is not None:
             own = own + bias[:, None, None]
