@@ -10,7 +10,6 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from sana.ops.decoding import naive as decoding
 from sana.ops.decoding.naive import doubling_kernel
 from sana.ops.decoding.op import bias_silu, double, doubling_kernels, kernels_for
 from sana.ops.depthwise_gate.op import depthwise_gate
@@ -82,7 +81,8 @@ class ResBlock(Local):
         self.norm = RMSNorm2d(width)
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-        return self.norm(self.conv2(self._hidden(x)), residual=x)
+        y = self.conv2(self._hidden(x))
+        return self.norm(y, residual=x) if x.is_cuda else x + self.norm(y)
 
     def _hidden(self, x: Tensor) -> Tensor:
         weight, bias = self.conv1.weight, self.conv1.bias
@@ -274,8 +274,16 @@ class Upsample(Local):
         if kernels_for(x, weight, bias):
             parts = [F.conv2d(x, kernel, padding=1) for kernel in doubling_kernels(weight)]
             return double(parts, x, bias, self.shortcut)
-        one_by_one = (F.conv2d(x, doubling_kernel(weight, k), bias, padding=1) for k in range(4))  # to save memory
-        return decoding.double(one_by_one, x, None, self.shortcut)
+        (b, _, h, w) = x.shape
+        y = torch.empty(b, 2 * h, 2 * w, self.outputs, dtype=x.dtype, device=x.device).movedim(-1, 1)
+        for k in range(4):  # one after the other, to save memory
+            i, j = divmod(k, 2)
+            part = F.conv2d(x, doubling_kernel(weight, k), bias, padding=1)[:, :, i : i + h, j : j + w]
+            if self.shortcut:
+                channel = torch.arange(k, 4 * self.outputs, 4, device=x.device)
+                part = part + x[:, channel * x.shape[1] // (4 * self.outputs)]
+            y[:, :, i::2, j::2] = part
+        return y
 
 
 def _is_channels_last(x: Tensor) -> bool:

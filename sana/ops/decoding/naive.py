@@ -52,18 +52,20 @@ def double(
         bias: added; None where the parts have it.
         shortcut: add the channels of x, each 4 d / c times in a row, shuffled to pixels.
     """
-    (b, c, h, w), y = x.shape, x
-    for k, part in enumerate(parts):
+    (b, c, h, w), y, k = x.shape, x, 0
+    for part in parts:  # not by enumerate, which would keep a part while the next is made
         (i, j), d = divmod(k, 2), part.shape[1]
         if k == 0:
             y = torch.empty(b, 2 * h, 2 * w, d, dtype=x.dtype, device=x.device).movedim(-1, 1)
-        own = part[:, :, i : i + h, j : j + w]
+        part = part[:, :, i : i + h, j : j + w]
         if bias is not None:
-            own = own + bias[:, None, None]
+            part = part + bias[:, None, None]
         if shortcut:
             channel = torch.arange(k, 4 * d, 4, device=x.device)
-            own = own + x[:, channel * c // (4 * d)]
-        y[:, :, i::2, j::2] = own
+            part = part + x[:, channel * c // (4 * d)]
+        y[:, :, i::2, j::2] = part
+        k += 1  # noqa: SIM113
+        del part
     return y
 
 
