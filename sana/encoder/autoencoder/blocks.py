@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from sana.ops.choice import use_triton
 from sana.ops.decoding.naive import doubling_kernel
 from sana.ops.decoding.op import bias_silu, double, doubling_kernels, kernels_for
 from sana.ops.depthwise_gate.op import depthwise_gate
@@ -162,7 +163,7 @@ class DepthwiseGate2d(nn.Conv2d):
         super().__init__(channels, channels, 3, padding=1, groups=channels)
 
     def forward(self, x: Float[Tensor, "b c2 h w"]) -> Float[Tensor, "b c h w"]:
-        if _is_channels_last(x) and self.bias is not None:
+        if _is_channels_last(x) and self.bias is not None and use_triton(x, self.weight, self.bias):
             h, w = x.shape[2:]
             tokens = x.permute(0, 2, 3, 1).flatten(1, 2)
             return depthwise_gate(tokens, self.weight, self.bias, h, w).unflatten(1, (h, w)).permute(0, 3, 1, 2)
@@ -182,7 +183,8 @@ class GatedConv(nn.Module):
         self.norm = RMSNorm2d(width)
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-        return self.norm(self.project(self.depthwise(self.expand(x))), residual=x)
+        y = self.project(self.depthwise(self.expand(x)))
+        return self.norm(y, residual=x) if x.is_cuda else x + self.norm(y)
 
 
 class EViTBlock(Local):
