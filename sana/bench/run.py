@@ -68,7 +68,7 @@ def run(stage: str, options: argparse.Namespace) -> int:
     chosen = [case for case in chosen if _asked(case, options)]
     _wait(options.wait, bench)
     code = 0
-    signal.signal(signal.SIGTERM, _stop)
+    before = signal.signal(signal.SIGTERM, _stop)
     try:
         for case in chosen:
             attempt(case, bench)
@@ -78,6 +78,8 @@ def run(stage: str, options: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         say("stopped")
         code = 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
     print(table(book.rows.values()))
     if options.plot is not None and code != BROKEN:
         try:

@@ -114,9 +114,10 @@ def test_a_signal_between_steps_in_a_save_and_in_the_data(tmp_path: Path, monkey
 
 
 def test_a_signal_before_there_is_anything_to_save() -> None:
+    before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(Stopped, match="SIGTERM"), stopping_at_once():
         send(signal.SIGTERM)
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_within_an_accumulation_window_it_stops_at_its_end(tmp_path: Path) -> None:
