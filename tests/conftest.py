@@ -13,6 +13,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # also for the processes that tes
 
 import pytest
 import torch
+from global_state import as_before, changed, state
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports a kernel
@@ -32,6 +33,15 @@ class PlainKernels(importlib.abc.MetaPathFinder):
 
 def pytest_sessionstart() -> None:
     sys.meta_path.insert(0, PlainKernels())  # before the finder of jaxtyping, which is there by now
+
+
+@pytest.fixture(autouse=True)
+def nothing_global_is_left_changed():
+    """Fails the test that changes the process for those after it, instead of one of those."""
+    before = state()
+    with as_before():
+        yield
+    assert not (lines := changed(before, state())), "left changed: " + "; ".join(lines)
 
 
 WORDS = ["<pad>", "<unk>", "<s>", "</s>", "<image>", "USER:", "ASSISTANT:", "yes", "Yes", "no", "No", "Is", "it", "red"]

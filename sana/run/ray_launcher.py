@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -46,7 +48,10 @@ class RayLauncher(Launcher):
         if not ray.is_initialized():
             paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
             here: dict[str, Any] = {} if os.environ.get("RAY_ADDRESS") else {"include_dashboard": False}
+            handler = signal.getsignal(signal.SIGTERM)
             ray.init(runtime_env={"env_vars": {"PYTHONPATH": paths}}, log_to_driver=False, **here)
+            if threading.current_thread() is threading.main_thread():  # only there did Ray take it from the sweep
+                signal.signal(signal.SIGTERM, handler)
         # In its main thread a worker of Ray can take signals, as `run_job` does.
         remote = ray.remote(num_cpus=self.cpus, num_gpus=self.gpus, max_calls=1)(_run)
         folders = [Path(overrides[-1].split("=", 1)[1]) for overrides in job_overrides]
