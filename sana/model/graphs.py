@@ -2,8 +2,8 @@
 
 At batch 1 the time of a step is that of launching its kernels one by one, not of what they compute; a graph launches
 them together. What it reads and writes has fixed addresses, so inputs are copied to where it reads, and its output is
-copied from where it writes. A graph holds for one set of shapes and types, and for the parameters that it was recorded
-with.
+copied from where it writes. A graph holds for one set of shapes and types, and for the parts and parameters that it was
+recorded with; all are compared before each drawing.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Protocol
 
 import torch
@@ -90,7 +91,7 @@ class Graphs:
     """The graphs of a module by key, at most `limit` of them.
 
     Args:
-        module: whose parameters the graphs read; where they move, all graphs go.
+        module: whose parameters the graphs read; where they move or a part is replaced, all graphs go.
         capture: None: CUDA's, on the device of the inputs. Tests without a GPU give a stand-in.
         limit: see `LIMIT`.
     """
@@ -103,9 +104,7 @@ class Graphs:
         self._capture = capture
         self._any_device = capture is not None
         self._refused: set[Hashable] = set()
-        holders = [holder for part in module.modules() for holder in (part._parameters, part._buffers)]
-        self._held = [(holder, name) for holder in holders for name in holder]  # walking the modules takes too long
-        self._places = self._addresses()
+        self._watch()
 
     def possible(self, x: Tensor) -> bool:
         """Whether a call with this input may be replayed at all: on CUDA, where nothing is differentiated or traced."""
@@ -143,18 +142,33 @@ class Graphs:
             self.kept.popitem(last=False)
         return found
 
-    def check_places(self) -> None:
-        """Drop all graphs where a parameter has other memory than when they were recorded."""
-        places = self._addresses()
-        if places != self._places:
-            self.kept.clear()
-            self._places = places
-            if not self._any_device:
-                self._capture = None  # a pool of memory ends with its last graph
+    def check(self) -> None:
+        """Drop all graphs where the module has another part, or a parameter other memory, than when they were recorded.
 
-    def _addresses(self) -> list[tuple[int, int]]:
-        tensors: list[Any] = [holder[name] for holder, name in self._held]
-        return [(id(x), x.data_ptr() if type(x) in (Tensor, nn.Parameter) else 0) for x in tensors]
+        Parts are replaced by quantising, by adapters, and by whoever assigns one.
+        """
+        if self._seen() == self._state:
+            return
+        self.kept.clear()
+        self._refused.clear()
+        self._watch()
+        if not self._any_device:
+            self._capture = None  # a pool of memory ends with its last graph
+
+    def _watch(self) -> None:
+        self._parts = list(self.module.modules())  # held, so that no later part can be taken for one of them
+        self._children: list[dict[str, Any]] = [part._modules for part in self._parts]
+        self._tensors: list[dict[str, Any]] = [d for part in self._parts for d in (part._parameters, part._buffers)]
+        self._state = self._seen()
+
+    def _seen(self) -> tuple[list[int], list[tuple[int, int]]]:
+        """The parts, and identity and memory of each parameter and buffer.
+
+        While all parts have the same children they are the same parts: sooner found so than by walking the module.
+        """
+        children, tensors = (chain.from_iterable(map(dict.values, held)) for held in (self._children, self._tensors))
+        places = [(id(x), x.data_ptr() if type(x) in (Tensor, nn.Parameter) else 0) for x in tensors]
+        return list(map(id, children)), places
 
 
 class NetworkGraphs:
@@ -179,7 +193,7 @@ class NetworkGraphs:
         key = (_form(x), _form(t), _forms(prepared), edits.identity_attention, self._mode(x))
         found = self.graphs.find(key)
         if found is None or found.prompt() is not prepared:
-            self.graphs.check_places()
+            self.graphs.check()
             found = self.graphs.find(key)
         if found is None:
             inputs = (torch.empty_like(x), torch.empty_like(t), _room(prepared))
@@ -223,7 +237,7 @@ class PromptGraphs:
         if u * length > PROMPT_TOKENS:
             return self.network.prepare(Condition(text)).text_kv
         key = (u, length, c, text.dtype, chosen(), *_autocast(text))
-        self.graphs.check_places()
+        self.graphs.check()
         found = self.graphs.find(key)
         if found is None:
             inputs = text.new_zeros(u, length, c)
@@ -257,7 +271,7 @@ class DecoderGraphs:
         key = (_form(latents), chosen(), *_autocast(latents))
         if not self.graphs.possible(latents) or self._too_large(key, latents):
             return self.autoencoder.decode(latents)
-        self.graphs.check_places()
+        self.graphs.check()
         found = self.graphs.find(key)
         if found is None:
             inputs = latents.clone()

@@ -39,7 +39,7 @@ class TextGraphs:
         key = (length, None if prefix is None else id(prefix), chosen())
         if not self.graphs.possible(ids):
             return self.encoder.hidden(ids, prefix)
-        self.graphs.check_places()
+        self.graphs.check()
         found = self.graphs.find(key)
         if found is None:
             inputs = ids.new_full((1, length), int(self.encoder.tokenizer.pad_token_id))

@@ -14,6 +14,7 @@ from functools import partial
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import register_parametrization
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -31,6 +32,7 @@ from sana.nn.block import Block
 from sana.nn.cross_attention import CrossAttention
 from sana.nn.linear_attention import LinearAttention
 from sana.nn.mix_ffn import MixFFN
+from sana.quant.int8_weight import int8_weight
 from sana.sampler.flow_dpm import flow_dpm
 from sana.sampler.guided import Sampler
 from sana.types import Condition, Edits
@@ -250,6 +252,52 @@ def test_moved_parameters_are_recorded_anew_and_changed_ones_are_seen():
     text = prompt(net, 7)
     assert torch.equal(replayed(x, t, text), net(x, t, padded(text)))
     assert capture.count == 2
+
+
+def halved(net: Sana) -> None:
+    net.blocks[1].ffn.inverted.weight = nn.Parameter(net.blocks[1].ffn.inverted.weight / 2, requires_grad=False)
+
+
+def adapted(net: Sana) -> None:
+    class Doubled(nn.Module):
+        def forward(self, weight: Tensor) -> Tensor:
+            return 2 * weight
+
+    register_parametrization(net.blocks[0].ffn.point, "weight", Doubled())
+
+
+def replaced_twice(net: Sana) -> None:
+    for _ in range(2):
+        net.blocks[2] = network(seed=1, dtype=torch.float32).blocks[2]
+
+
+def removed(net: Sana) -> None:
+    del net.blocks[2]
+
+
+def converted(net: Sana) -> None:
+    int8_weight(net)
+
+
+@pytest.mark.parametrize("change", [halved, adapted, replaced_twice, removed, converted])
+def test_parts_that_are_replaced_later_are_recorded_anew(change):
+    net, capture = network(dtype=torch.float32), StandIn()
+    replayed, keys, x = NetworkGraphs(net, capture), PromptGraphs(net, capture), latents(net)
+    features, t = torch.ones(2, 7, 10), at(x, 0.5)
+    before = replayed(x, t, prompt(net, 7))
+    keys(features)
+    for times in (1, 1, 2):  # a part that was put in is watched, too
+        if times == 2:
+            for parameter in net.blocks[0].ffn.parameters():
+                parameter.data = parameter.data * 3
+        elif capture.count == 2:
+            change(net)
+        text = prompt(net, 7)
+        got, want = replayed(x, t, text), net(x, t, padded(text))
+        assert torch.equal(got, want)
+        assert not torch.equal(got, before)
+        torch.testing.assert_close(keys(features), net.prepare(Condition(features)).text_kv)
+        assert capture.count == 2 * (times + 1)
 
 
 def test_what_the_device_refuses_to_record_is_run_without(caplog):
