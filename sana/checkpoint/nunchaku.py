@@ -5,8 +5,8 @@ layer is that of `sana.checkpoint.nunchaku_order`. In each block
 
 | here | there | bits |
 |---|---|---|
-| mixer.qkv | attn.qkv_proj: q, then k and v of each head in turn; each filled up to heads that make a multiple of 128 | 4 |
-| its v | attn.pag_to_v, which only layers with perturbed attention read | 4 |
+| mixer.qkv | attn.qkv_proj: q, then k and v of each head in turn, with zero heads up to a multiple of 128 | 4 |
+| its v | attn.pag_to_v, which only layers with perturbed-attention guidance read | 4 |
 | mixer.proj, cross.q, cross.proj | attn.out_proj, cross_attn.q_linear, cross_attn.out_proj | 4 |
 | cross.kv | cross_attn.kv_linear | 16 |
 | ffn.inverted, ffn.depthwise | ff.inverted_conv, ff.depth_conv: value and gate of each channel in turn | 4, 16 |

@@ -1,11 +1,12 @@
 """The order in which nunchaku's 4-bit kernels read a layer: pure permutations, and their inverses.
 
-A warp multiplies 128 outputs by 64 inputs at a time with ``mma.m16n8k64`` (16-bit numbers: ``m16n8k16``), and each of its
-32 threads finds what it needs in one piece. With `lane` = thread, an output n of a tile is 16 a + 8 b + lane / 4, an
-input k is 32 c + 8 (lane % 4) + i: fragments as in the PTX manual's figures for matrix B of these instructions. Every
-size is a multiple of that tile here; `sana.checkpoint.nunchaku` fills them up.
+A warp multiplies 128 outputs by 64 inputs at a time with ``mma.m16n8k64`` (16-bit numbers: ``m16n8k16``), and each of
+its 32 threads finds what it needs in one piece. With `lane` = thread, an output n of a tile is 16 a + 8 b + lane / 4,
+an input k is 32 c + 8 (lane % 4) + i: fragments as in the PTX manual's figures for matrix B of these instructions.
+Every size is a multiple of that tile here; `sana.checkpoint.nunchaku` fills them up.
 
-The published counterpart is `NunchakuWeightPacker` (nunchaku/lora/flux/packer.py); outputs are equal to the bit.
+The published counterpart is `NunchakuWeightPacker` (nunchaku/lora/flux/packer.py), and results are equal to the bit. That
+is what was checked; no kernel of nunchaku was run on them.
 """
 
 from __future__ import annotations
