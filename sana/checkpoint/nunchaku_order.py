@@ -5,8 +5,8 @@ its 32 threads finds what it needs in one piece. With `lane` = thread, an output
 an input k is 32 c + 8 (lane % 4) + i: fragments as in the PTX manual's figures for matrix B of these instructions.
 Every size is a multiple of that tile here; `sana.checkpoint.nunchaku` fills them up.
 
-The published counterpart is `NunchakuWeightPacker` (nunchaku/lora/flux/packer.py), and results are equal to the bit. That
-is what was checked; no kernel of nunchaku was run on them.
+The published counterpart is `NunchakuWeightPacker` (nunchaku/lora/flux/packer.py), and results are equal to the bit.
+That is what was checked; no kernel of nunchaku was run on them.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ from sana.quant.convert import convert
 from sana.quant.int8_weight import int8_weight
 from sana.quant.low_rank import low_rank
 from sana.quant.rebuild import describe
-from sana.quant.svdquant import SVDQuantLinear
+from sana.quant.svdquant import SVDQuant, SVDQuantLinear
 from sana.run.build import build
 from sana.run.recipe import recipe_of
 from sana.run.saved import prepare
@@ -145,6 +145,22 @@ def test_names_and_shapes_are_those_that_nunchaku_allocates(case: tuple[int, str
     missing, unexpected = theirs.load_state_dict(rest, strict=False)
     assert not unexpected
     assert all(name.startswith("transformer_blocks.") for name in missing)
+
+
+def test_of_the_size_of_the_published_model() -> None:
+    """1.6B on the meta device. The published int4 file has a qkv_proj.qweight of 6912 x 1152 (nunchaku's issue 488)."""
+    width = 2240
+    block = partial(Block, mixer=LinearAttention, cross=partial(CrossAttention, heads=20), ffn=MixFFN)
+    with torch.device("meta"):
+        network = Sana(4, width, 2, 24, [block])
+    network = SVDQuant(exclude=list(EXCLUDE))(network)
+    like = nunchaku_tensors(network.state_dict(), describe(network), facts_for(width)).like
+    own = {
+        name.split(".", 2)[2]: tuple(t.shape) for name, t in like.items() if name.startswith("transformer_blocks.1.")
+    }
+    assert own == {name: shape for name, (shape, _) in registered(width, "int4", 32).items()}
+    assert own["attn.qkv_proj.qweight"] == (6912, 1152)
+    assert own["ff.depth_conv.weight"] == (2 * 5632, 3, 3, 1)
 
 
 def read(tensors: dict[str, Tensor], name: str, precision: str) -> SVDQuantLinear:
