@@ -8,6 +8,9 @@ python scripts/convert_checkpoint.py Sana_600M_512px_diffusers/vae weights/dc_ae
     The autoencoder alone.
 python scripts/convert_checkpoint.py runs/tiny/2026-01-31_12-00-00_0 experiments/mine/model.safetensors --to sana
     The network of a run as one file, which `python sample.py ckpt=mine` finds by its name.
+python scripts/convert_checkpoint.py small.safetensors svdq-int4_r32-mine.safetensors --to nunchaku
+    What scripts/quantise.py wrote with quant=svdquant_w4a4, as nunchaku's NunchakuSanaTransformer2DModel reads it. No
+    kernel of nunchaku was run on it: only its order of bits was compared with the published packer's.
 """
 
 from __future__ import annotations
@@ -26,10 +29,11 @@ import torch
 from sana.checkpoint.dc_ae import open_dc_ae, write_dc_ae
 from sana.checkpoint.facts import Facts
 from sana.checkpoint.folder import PARTS, write_diffusers, write_native
-from sana.checkpoint.record import EXTRA, Record
+from sana.checkpoint.nunchaku import bias_lost, nunchaku_tensors, write_nunchaku
+from sana.checkpoint.record import EXTRA, Record, read_record
 from sana.checkpoint.run_file import read_run_file
 from sana.checkpoint.source import open_source, open_state
-from sana.checkpoint.tensors import Tensors
+from sana.checkpoint.tensors import Tensors, read_safetensors
 from sana.checkpoint.write import write_consolidated
 from sana.model.foreign import autoencoder_config
 from sana.run.error import ConfigError
@@ -40,7 +44,7 @@ from sana.run.runs import find_checkpoint, find_weights, read_overrides
 from sana.run.saved import load_saved
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-FILES = {"sana": ".safetensors", "native": ".pth"}
+FILES = {"sana": ".safetensors", "native": ".pth", "nunchaku": ".safetensors"}
 
 
 @dataclass(frozen=True)
@@ -118,6 +122,30 @@ def parts_of(opened: Opened, options: argparse.Namespace) -> Iterator[Path | Non
         yield Path(made)
 
 
+def convert_quantised(path: Path, options: argparse.Namespace) -> str:
+    """Write what scripts/quantise.py wrote in nunchaku's layout; the line to print."""
+    record = read_record(path) if path.suffix == ".safetensors" and path.is_file() else None
+    if record is None or record.quant is None:
+        raise ConfigError(
+            f"{path}: --to nunchaku needs weights in 4 bits; quantise them first: python scripts/quantise.py "
+            f"ckpt={path} quant=svdquant_w4a4 out=FILE.safetensors"
+        )
+    for name in ("recipe", "dtype"):
+        if getattr(options, name) is not None:
+            raise ConfigError(f"--{name} does not apply to --to nunchaku: the quantised file tells")
+    facts, layers = facts_of(training_of(record, path).resolved), record.quant["layers"]
+    tensors, _ = read_safetensors(path)
+    made = nunchaku_tensors(tensors, layers, facts)
+    with progress(made) as report:
+        write_nunchaku(options.target, made, layers, facts, report)
+    print(
+        f"note: nunchaku's Sana adds no bias after self-attention; here the largest is {bias_lost(tensors, facts):.3g}",
+        file=sys.stderr,
+    )
+    first, size = next(iter(layers.values())), Path(options.target).stat().st_size
+    return f"{options.target}: {first['precision']}, rank {first['rank']}, {len(layers)} layers, {size / 2**20:.1f} MiB"
+
+
 def convert_autoencoder(path: Path, options: argparse.Namespace) -> str:
     """Write an autoencoder; the line to print."""
     tensors, config = open_dc_ae(path)
@@ -153,7 +181,9 @@ def parser() -> argparse.ArgumentParser:
         help="run, .ckpt, .pth, .safetensors, diffusers folder, directory of FSDP shards, hf://organisation/repository",
     )
     made.add_argument("target", metavar="DST", help="file or folder to write; must not exist yet")
-    made.add_argument("--to", required=True, choices=["native", "diffusers", "sana"], help="layout to write")
+    made.add_argument(
+        "--to", required=True, choices=["native", "diffusers", "sana", "nunchaku"], help="layout to write"
+    )
     made.add_argument("--recipe", metavar="NAME", help="experiment that the weights were trained like, such as "
                       "image/sana_600m_512px, where the file does not tell")  # fmt: skip
     made.add_argument("--weights", choices=["ema", "live"], default="ema", help="of a run or .pth (%(default)s)")
@@ -171,10 +201,12 @@ def convert(options: argparse.Namespace) -> str:
     run = find_weights(options.source).of_run
     if options.to != "diffusers" and (options.pipeline or options.autoencoder):
         raise ConfigError(f"--pipeline and --autoencoder are for --to diffusers; --to {options.to} holds the network")
-    autoencoder = not run and path.suffix != ".ckpt" and _is_autoencoder(path)
+    autoencoder = options.to != "nunchaku" and not run and path.suffix != ".ckpt" and _is_autoencoder(path)
     suffix = ".safetensors" if autoencoder and suffix else suffix
     if suffix is not None and Path(options.target).suffix != suffix:
         raise ConfigError(f"DST: {options.target}: --to {options.to} writes a file that ends in {suffix}")
+    if options.to == "nunchaku":
+        return convert_quantised(path, options)
     if autoencoder:
         return convert_autoencoder(path, options)
     if run and options.to == "sana":

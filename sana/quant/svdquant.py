@@ -34,8 +34,8 @@ class SVDQuantLinear(QuantisedLinear):
 
     Activations are rounded as they come, per token and group: of 64 with int4, of 16 with NVFP4 (e4m3 scales, an fp32
     scale per token). The products of the same numbers are taken in fp32 on every device: this emulates the format, and
-    its time says nothing about it. Buffers have the names and logical shapes of nunchaku's files, not the order in
-    which its kernels read them.
+    its time says nothing about it. Buffers have the names and logical shapes of nunchaku's layers;
+    `sana.checkpoint.nunchaku` puts them in the order in which its kernels read them.
 
     Attributes:
         qweight: (out, k / 2) uint8, two codes per byte, k the inputs filled up to a multiple of the group.
