@@ -11,7 +11,17 @@ from torch import Tensor, nn
 
 from sana.quant.convert import convert
 from sana.quant.devices import capability
-from sana.quant.e2m1 import BLOCK, dequantise, quantise, tensor_scale, tile_scales
+from sana.quant.e2m1 import (
+    BLOCK,
+    E4M3_LARGEST,
+    ROOM,
+    TOKEN_STEPS,
+    WEIGHT_STEPS,
+    dequantise,
+    quantise,
+    tensor_scale,
+    tile_scales,
+)
 from sana.quant.layer import QuantisedLinear
 
 
@@ -31,6 +41,8 @@ class NVFP4Linear(QuantisedLinear):
         weight_scale: (out, k / 16) float8_e4m3fn.
         weight_scale_2: () float32.
         activations: whether activations are quantised.
+        search: whether block scales are those of the least squared error, instead of taking the largest number of a
+            block to 6.
     """
 
     kind: ClassVar[str] = "nvfp4"
@@ -45,9 +57,10 @@ class NVFP4Linear(QuantisedLinear):
         bias: bool,
         device: torch.device | str | None = None,
         activations: bool = True,
+        search: bool = False,
     ) -> None:
         super().__init__(in_features, out_features, bias, device)
-        self.activations, blocks = activations, -(-in_features // BLOCK)
+        self.activations, self.search, blocks = activations, search, -(-in_features // BLOCK)
         self.register_buffer("weight", torch.empty(out_features, blocks * BLOCK // 2, dtype=torch.uint8, device=device))
         scales = torch.empty(out_features, blocks, dtype=torch.float8_e4m3fn, device=device)
         self.register_buffer("weight_scale", scales)
@@ -55,12 +68,12 @@ class NVFP4Linear(QuantisedLinear):
 
     def settings(self) -> dict[str, Any]:
         """For `empty`."""
-        return {"activations": self.activations}
+        return {"activations": self.activations, "search": self.search}
 
     def quantise(self, weight: Tensor) -> None:
         """Round to nearest."""
-        self.weight_scale_2.copy_(tensor_scale(weight.abs().amax()))
-        codes, scales = quantise(weight, self.weight_scale_2)
+        self.weight_scale_2.copy_(tensor_scale(weight.abs().amax(), self._largest()))
+        codes, scales = quantise(weight, self.weight_scale_2, WEIGHT_STEPS if self.search else (0,))
         self.weight.copy_(codes)
         self.weight_scale.copy_(scales)
 
@@ -73,8 +86,8 @@ class NVFP4Linear(QuantisedLinear):
         if not self.activations:
             return F.linear(x, self.dequantise().to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
         rows = x.reshape(-1, self.in_features)
-        scale = tensor_scale(rows.abs().amax(dim=1, keepdim=True))
-        codes, scales = quantise(rows, scale)
+        scale = tensor_scale(rows.abs().amax(dim=1, keepdim=True), self._largest())
+        codes, scales = quantise(rows, scale, TOKEN_STEPS if self.search else (0,))
         if _real(x.device):
             y = _scaled_mm(codes, scales, self.weight, self.weight_scale).float() * (scale * self.weight_scale_2)
         else:
@@ -84,6 +97,10 @@ class NVFP4Linear(QuantisedLinear):
         if self.bias is not None:
             y = y + self.bias
         return y.to(x.dtype).view(*x.shape[:-1], self.out_features)
+
+    def _largest(self) -> float:
+        """Scale of the block with the largest number."""
+        return ROOM if self.search else E4M3_LARGEST
 
     def arithmetic(self, device: torch.device) -> str:
         """NVFP4 products on Blackwell."""
@@ -99,6 +116,7 @@ def nvfp4(
     include: str | Sequence[str] = "*",
     exclude: str | Sequence[str] = (),
     activations: bool = True,
+    search: bool = False,
 ) -> nn.Module:
     """Replace linear layers by `NVFP4Linear`, for inference: rounding to nearest, without calibration.
 
@@ -107,13 +125,15 @@ def nvfp4(
         include: patterns as of `fnmatch` of the layers to convert.
         exclude: patterns of layers to leave alone; they win over `include`.
         activations: quantise activations too. Of Gaussian numbers either alone costs 10 % of error, both 13 %.
+        search: give each block the scale of the least squared error: of twelve for weights, once, and of three for
+            activations, as they come. Then either alone costs 8 %, both below 12 %.
 
     Raises:
         ValueError: as `convert`.
     """
     return convert(
         module,
-        lambda _, linear: NVFP4Linear.from_linear(linear, activations=activations),
+        lambda _, linear: NVFP4Linear.from_linear(linear, activations=activations, search=search),
         kind=NVFP4Linear.kind,
         include=include,
         exclude=exclude,

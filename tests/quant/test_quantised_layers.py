@@ -26,10 +26,11 @@ from sana.types import Condition
 
 LAYERS = {
     "int8_weight": (Int8WeightLinear, {}, 0.02),
-    "int8": (Int8Linear, {}, 0.03),
+    "int8": (Int8Linear, {"rotate": 0}, 0.03),
     "fp8": (FP8Linear, {}, 0.06),
-    "nvfp4": (NVFP4Linear, {"activations": True}, 0.17),
-    "nvfp4_weight": (NVFP4Linear, {"activations": False}, 0.13),
+    "nvfp4": (NVFP4Linear, {"activations": True, "search": False}, 0.17),
+    "nvfp4_search": (NVFP4Linear, {"activations": True, "search": True}, 0.15),
+    "nvfp4_weight": (NVFP4Linear, {"activations": False, "search": False}, 0.13),
     "w4a16": (W4A16Linear, {"group": 16}, 0.13),
 }
 FORMATS = {"int8_weight": int8_weight, "int8": int8, "fp8": fp8, "nvfp4": nvfp4, "w4a16": w4a16}
