@@ -11,8 +11,8 @@ position table, a loss-weighting head) is kept under ``extra.`` and its native n
     updates   number of updates that the weights have seen
     quant     JSON, of a quantised file only. "quant": what was asked for, as in a configuration; "layers": name of a
               layer -> its format ("kind") and the settings that it is built with, see `sana.quant.rebuild`. The file
-              holds such layers' own tensors and cannot be trained on; of layouts, only nunchaku's can be made of it, and
-              only of SVDQuant's.
+              holds such layers' own tensors and cannot be trained on; nunchaku's layout alone can be made of it, and of
+              SVDQuant's layers only.
 """
 
 from __future__ import annotations

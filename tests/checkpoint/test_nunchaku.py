@@ -326,6 +326,7 @@ def test_a_layer_is_what_the_published_converter_makes_of_it(precision: str, wid
     assert {part: digest(tensors[f"{name}.{part}"]) for part in LAYER[precision]} == LAYER[precision]
 
 
+@pytest.mark.slow
 def test_a_quantised_file_becomes_one_that_diffusers_can_configure(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
