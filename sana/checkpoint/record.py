@@ -12,6 +12,7 @@ position table, a loss-weighting head) is kept under ``extra.`` and its native n
     quant     JSON, of a quantised file only. "quant": what was asked for, as in a configuration; "layers": name of a
               layer -> its format ("kind") and the settings that it is built with, see `sana.quant.rebuild`. The file
               holds such layers' own tensors and can be neither trained on nor converted.
+    xxh3_128  JSON: name of a tensor -> checksum of its bytes, compared when the tensor is read; older files have none
 """
 
 from __future__ import annotations
