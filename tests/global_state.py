@@ -23,6 +23,8 @@ LOGGERS = ("", "sana")
 def state() -> dict[str, Any]:
     """Name of each thing -> how it is now."""
     found: dict[str, Any] = {f"handler of {number.name}": signal.getsignal(number) for number in SIGNALS}
+    if found["handler of SIGINT"] == signal.SIG_IGN:  # started in the background, until something wants ctrl-C
+        found["handler of SIGINT"] = signal.default_int_handler
     found["working directory"] = Path.cwd()
     found["torch: threads"] = torch.get_num_threads()
     found["torch: default dtype"] = torch.get_default_dtype()

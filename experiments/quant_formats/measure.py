@@ -89,7 +89,12 @@ def main() -> None:
     torch.set_num_threads(1)
     results: dict[str, Any] = {"cpu": cpu_name(), "torch": torch.__version__, "errors": {}, "seconds": {}}
     base, given = scenes()
-    lines = {name: f"quant={name}" for name in FORMATS} | {"nvfp4, weights only": "quant=nvfp4 quant.activations=false"}
+    lines = {name: f"quant={name}" for name in FORMATS} | {
+        "int8, rotated": "quant=int8 quant.rotate=16",
+        "nvfp4, searched": "quant=nvfp4 quant.search=true",
+        "nvfp4, weights only": "quant=nvfp4 quant.activations=false",
+        "nvfp4, weights only, searched": "quant=nvfp4 quant.activations=false quant.search=true",
+    }
     for name, line in lines.items():
         report = measure_errors(base, option(line)(copy.deepcopy(base)), given)
         errors = list(report.outputs.values())

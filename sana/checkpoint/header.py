@@ -23,6 +23,10 @@ BITS = {
 }  # fmt: skip
 
 
+DIGESTS = "xxh3_128"
+"""In the metadata of files of this project: JSON, name of a tensor -> that checksum of its bytes, hexadecimal."""
+
+
 @dataclass(frozen=True)
 class Entry:
     """What a header says of a tensor: its type ("F32", "BF16", ...), its shape, and where its bytes lie in the file."""
@@ -88,6 +92,24 @@ def read_header(path: str | Path) -> Header:
         )
     base = 8 + length
     return Header({n: Entry(e.dtype, e.shape, base + e.begin, base + e.end) for n, e in entries}, metadata)
+
+
+def read_digests(header: Header, path: str | Path) -> dict[str, str] | None:
+    """The checksums of a file's tensors, None where it has none.
+
+    Raises:
+        CheckpointError: they are no JSON, or not those of the tensors that are there.
+    """
+    text = header.metadata.get(DIGESTS)
+    if text is None:
+        return None
+    try:
+        digests = json.loads(text)
+        if digests.keys() != header.entries.keys():
+            raise ValueError
+    except (ValueError, AttributeError, RecursionError):
+        raise CheckpointError(f"{path}: the checksums in its header are not those of its tensors: damaged") from None
+    return digests
 
 
 def write_header(entries: dict[str, tuple[str, tuple[int, ...]]], metadata: dict[str, str]) -> bytes:

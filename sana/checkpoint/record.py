@@ -13,6 +13,7 @@ position table, a loss-weighting head) is kept under ``extra.`` and its native n
               layer -> its format ("kind") and the settings that it is built with, see `sana.quant.rebuild`. The file
               holds such layers' own tensors and cannot be trained on; nunchaku's layout alone can be made of it, and of
               SVDQuant's layers only.
+    xxh3_128  JSON: name of a tensor -> checksum of its bytes, compared when the tensor is read; older files have none
 """
 
 from __future__ import annotations

@@ -10,10 +10,11 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
+import xxhash
 from torch import Tensor
 
 from sana.checkpoint.error import CheckpointError
-from sana.checkpoint.header import Entry, read_header
+from sana.checkpoint.header import DIGESTS, Entry, read_digests, read_header
 
 DTYPES = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32,
@@ -78,16 +79,28 @@ def join(*parts: Tensors) -> Tensors:
 def read_safetensors(path: str | Path) -> tuple[Tensors, dict[str, str]]:
     """Tensors (memory of the file) and metadata of a safetensors file.
 
+    Where the file has checksums, which are not given among the metadata, each tensor is compared with its own when it
+    is read.
+
     Raises:
-        CheckpointError: see `sana.checkpoint.header.read_header`.
+        CheckpointError: see `sana.checkpoint.header.read_header`; when a tensor is read, that its bytes were changed.
     """
     header = read_header(path)
+    digests = read_digests(header, path)
+    metadata = {key: value for key, value in header.metadata.items() if key != DIGESTS}
     with open(path, "rb") as file:
         # Read-only: a writable private mapping counts against memory, and a file may be larger than that.
         content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
     def read(name: str) -> Tensor:
         entry = header.entries[name]
+        if digests is not None:
+            with memoryview(content) as whole, whole[entry.begin : entry.end] as part:
+                if xxhash.xxh3_128_hexdigest(part) != digests[name]:
+                    raise CheckpointError(
+                        f"{path}: the checksum of {name} does not fit: it was damaged or changed after it was "
+                        "written; fetch or make it again"
+                    )
         dtype, count = DTYPES[entry.dtype], math.prod(entry.shape)
         if not count:
             return torch.empty(entry.shape, dtype=dtype)
@@ -99,7 +112,7 @@ def read_safetensors(path: str | Path) -> tuple[Tensors, dict[str, str]]:
                 data = torch.frombuffer(content, dtype=dtype, count=count, offset=entry.begin)
         return data.reshape(entry.shape)
 
-    return Tensors({name: _like(entry) for name, entry in header.entries.items()}, read), header.metadata
+    return Tensors({name: _like(entry) for name, entry in header.entries.items()}, read), metadata
 
 
 def read_sharded(index: str | Path) -> tuple[Tensors, dict[str, str]]:

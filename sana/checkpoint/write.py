@@ -11,10 +11,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+import xxhash
 from torch import Tensor
 
 from sana.checkpoint.error import CheckpointError
-from sana.checkpoint.header import write_header
+from sana.checkpoint.header import DIGESTS, write_header
 from sana.checkpoint.record import Record
 from sana.checkpoint.tensors import NAMES, Tensors, check_finite, from_dict
 
@@ -61,8 +62,10 @@ def write_safetensors(
     tensors: Mapping[str, Tensor],
     metadata: Mapping[str, str] | None = None,
     progress: Progress | None = None,
+    digests: bool = False,
 ) -> None:
-    """Write tensors, one in memory at a time. Not atomic by itself: see `in_place`.
+    """Write tensors, one in memory at a time, and their checksums if wanted (`sana.checkpoint.header.DIGESTS`). Not
+    atomic by itself: see `in_place`.
 
     Raises:
         CheckpointError: a tensor has NaN or infinities, or a type that the format has no name for.
@@ -72,14 +75,25 @@ def write_safetensors(
     if unnamed:
         raise CheckpointError(f"{path}: safetensors has no type for {unnamed[0]} ({source.like[unnamed[0]].dtype})")
     entries = {name: (NAMES[t.dtype], tuple(t.shape)) for name, t in source.like.items()}
+    found = dict.fromkeys(entries, xxhash.xxh3_128_hexdigest(b""))
+
+    def header() -> bytes:
+        own = {DIGESTS: json.dumps(found)} if digests else {}
+        return write_header(entries, {**(metadata or {}), **own})
+
     with open(path, "wb") as file:
-        file.write(write_header(entries, dict(metadata or {})))
+        file.write(header())
         for name in source:
             tensor = check_finite(name, source[name].detach().cpu().contiguous(), path)
             if tensor.numel():
-                file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
+                data = tensor.reshape(-1).view(torch.uint8).numpy().data
+                file.write(data)
+                if digests:
+                    found[name] = xxhash.xxh3_128_hexdigest(data)
             if progress is not None:
                 progress(tensor.nbytes)
+        file.seek(0)
+        file.write(header())  # of the same length, with the checksums now known
         file.flush()
         os.fsync(file.fileno())
 
@@ -121,7 +135,7 @@ def write_folder(
 def write_consolidated(
     path: str | Path, tensors: Mapping[str, Tensor], record: Record, progress: Progress | None = None
 ) -> None:
-    """Write a consolidated file, whole or not at all.
+    """Write a consolidated file, whole or not at all, with the checksums of its tensors.
 
     Args:
         path: new file.
@@ -132,4 +146,4 @@ def write_consolidated(
         CheckpointError: the file exists or cannot be written, or a tensor is not finite.
     """
     with in_place(path) as temporary:
-        write_safetensors(temporary, tensors, record.metadata(), progress)
+        write_safetensors(temporary, tensors, record.metadata(), progress, digests=True)

@@ -21,7 +21,7 @@ E4M3_LARGEST, E4M3_NORMAL = 448.0, 2.0**-6
 ROOM = 256.0
 """Scale of the block with the largest number where block scales are searched for: they can grow by 7/4 within e4m3."""
 WEIGHT_STEPS = (0, -1, 1, -2, 2, -3, 3, -4, 4, 5, 6, 7)
-"""Of a block's scale, in neighbours of e4m3 (an eighth or less apart): all that were ever the best of Gaussian blocks."""
+"""Of a block's scale, in neighbours of e4m3, which lie an eighth or less apart: more do not lessen Gaussian errors."""
 TOKEN_STEPS = (0, -1, 5)
 """The three of those that are worth most: the largest number goes to 6, is clipped a little, or goes to about 4."""
 VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)

@@ -10,15 +10,17 @@ from pathlib import Path
 
 import pytest
 import torch
+import xxhash
 from safetensors.torch import load_file, save_file
 from weights import equal, native_state, script
 
 from sana.checkpoint.error import CheckpointError
 from sana.checkpoint.header import read_header
 from sana.checkpoint.pickled import read_pickle
+from sana.checkpoint.record import Record
 from sana.checkpoint.source import open_source, read_folder
 from sana.checkpoint.tensors import check_finite, read_safetensors
-from sana.checkpoint.write import in_place, write_folder, write_safetensors
+from sana.checkpoint.write import in_place, write_consolidated, write_folder, write_safetensors
 
 
 class Hostile:
@@ -215,3 +217,24 @@ def test_a_write_that_fails_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="exists already"), in_place(tmp_path / "c"):
         pass
     assert (tmp_path / "c").read_text() == "mine"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.uint8, torch.float8_e4m3fn])
+def test_checksums_are_those_of_the_bytes(dtype: torch.dtype, tmp_path: Path) -> None:
+    path, tensors = tmp_path / "a.safetensors", {"a": torch.arange(35).view(5, 7).to(dtype), "ü.b": torch.ones(0, 3)}
+    write_consolidated(path, tensors, Record(updates=3))
+    header, data = read_header(path), path.read_bytes()
+    digests = json.loads(header.metadata["xxh3_128"])
+    for name, entry in header.entries.items():
+        assert digests[name] == xxhash.xxh3_128(data[entry.begin : entry.end]).hexdigest()
+    found, metadata = read_safetensors(path)
+    assert "xxh3_128" not in metadata, "they are of this file only"
+    assert all(torch.equal(found[name].float(), tensors[name].float()) for name in tensors)
+    assert load_file(path).keys() == tensors.keys(), "others read the file"
+    for byte in range(header.entries["a"].begin, header.entries["a"].end):
+        path.write_bytes(data[:byte] + bytes([data[byte] ^ 0x10]) + data[byte + 1 :])
+        with pytest.raises(CheckpointError, match=r"^\S*a\.safetensors: the checksum of a does not fit: .*again$"):
+            read_safetensors(path)[0]["a"]
+    write_safetensors(path, {"a": torch.ones(2)}, {"xxh3_128": json.dumps({"b": "00"})})
+    with pytest.raises(CheckpointError, match="the checksums in its header are not those of its tensors"):
+        read_safetensors(path)

@@ -212,6 +212,22 @@ def test_a_truncated_file(file: Path, tmp_path: Path) -> None:
         network_of(f"ckpt={path}")
 
 
+@pytest.mark.parametrize("bit", [0, 7])
+def test_a_flipped_bit_is_noticed(file: Path, bit: int, tmp_path: Path) -> None:
+    entry = read_header(file).entries["blocks.0.mixer.qkv.weight"]
+    data = bytearray(file.read_bytes())
+    assert entry.dtype == "I8", "every byte is a number"
+    path = tmp_path / "flipped.safetensors"
+    path.write_bytes(data)
+    network_of(f"ckpt={path}")
+    data[(entry.begin + entry.end) // 2] ^= 1 << bit
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError) as caught:
+        network_of(f"ckpt={path}")
+    assert str(caught.value).startswith(f"{path}: the checksum of blocks.0.mixer.qkv.weight does not fit")
+    assert "\n" not in str(caught.value)
+
+
 def test_the_header_holds_text_only(file: Path) -> None:
     header = read_header(file)
     assert {entry.dtype for entry in header.entries.values()} <= {"I8", "F32", "BF16"}

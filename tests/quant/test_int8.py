@@ -182,7 +182,7 @@ def test_a_rotation_takes_the_block_that_divides() -> None:
     with torch.no_grad():
         assert torch.equal(Int8Linear.from_linear(linear, rotate=16)(x), Int8Linear.from_linear(linear)(x))
     for wrong in (12, -16):
-        with pytest.raises(ValueError, match="must be 0 .* or a power of two"):
+        with pytest.raises(ValueError, match=r"must be 0 .* or a power of two"):
             int8(nn.Linear(64, 8), rotate=wrong)
 
 
