@@ -58,7 +58,7 @@ class Checkpoints(Callback):
         self.every, self.keep, self.best, self.monitor = every, keep, best, monitor
         self.signals = StopSignals()
         self._staging = Staging()
-        self._thread: threading.Thread | None = None
+        self._written: threading.Event | None = None  # by the save under way
         self._error: CheckpointError | None = None
         self._saved = -1
         self._end = math.inf  # of the time that `trainer.max_time` gives
@@ -127,8 +127,8 @@ class Checkpoints(Callback):
     def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
         """Let a save that is under way end, and give the signals back. Nothing new is saved: the state may be half a
         step old."""
-        if self._thread is not None:
-            self._thread.join(GRACE)
+        if self._written is not None:
+            self._written.wait(GRACE)
         self.signals.restore()
 
     def teardown(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
@@ -153,10 +153,10 @@ class Checkpoints(Callback):
             if config.is_file():
                 small[CONFIG] = config.read_bytes()
         place = place_of(parent, step)
-        self._thread = threading.Thread(
-            target=self._write, args=(place, step, pieces, small, trainer.is_global_zero), daemon=True
-        )
-        self._thread.start()
+        # `Thread.join` of Python 3.11, broken off by a signal (ctrl-C, a worker's death), takes a thread for ended.
+        self._written = threading.Event()
+        arguments = (place, step, pieces, small, trainer.is_global_zero, self._written)
+        threading.Thread(target=self._write, args=arguments, daemon=True).start()
         self._saved = step
         return place
 
@@ -166,14 +166,22 @@ class Checkpoints(Callback):
         Raises:
             CheckpointError: it failed.
         """
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        if self._written is not None:
+            self._written.wait()
+            self._written = None
         if self._error is not None:
             error, self._error = self._error, None
             raise error
 
-    def _write(self, place: Path, step: int, pieces: dict[str, Piece], small: dict[str, bytes], first: bool) -> None:
+    def _write(
+        self,
+        place: Path,
+        step: int,
+        pieces: dict[str, Piece],
+        small: dict[str, bytes],
+        first: bool,
+        written: threading.Event,
+    ) -> None:
         try:
             temporary = place.with_name(f"{place.name}.{self._token}{TEMPORARY}")
             write_pieces(temporary, place, step, pieces, small, self._groups[1])
@@ -184,6 +192,8 @@ class Checkpoints(Callback):
         except Exception as error:  # a rank is gone; the main thread must not wait for ever
             self._error = CheckpointError(f"{place}: saving failed: {error}")
             self._error.__cause__ = error
+        finally:
+            written.set()
 
     def _prune(self, parent: Path) -> None:
         """Drop checkpoints that are neither among the newest nor among the best."""

@@ -9,6 +9,7 @@ import resource
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -138,6 +139,30 @@ def test_the_time_limit_saves_once(tmp_path: Path) -> None:
     trainer.fit(recipe, datamodule=Numbers(4))
     assert recipe.stopped == "max_time"
     assert saved(tmp_path) == [f"step_{recipe.updates['main']:08d}.ckpt"]
+
+
+def test_an_error_while_it_waits_for_a_save_leaves_it_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the death of a data worker, which torch raises in whatever the main thread is doing."""
+    write = sharded._write_file
+
+    def slowly(path: Path, *rest: Any) -> Any:
+        time.sleep(0.5)
+        return write(path, *rest)
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("a worker is gone")
+
+    monkeypatch.setattr(sharded, "_write_file", slowly)
+    before = signal.signal(signal.SIGALRM, fail)
+    try:
+        # It comes while the second save waits for the first.
+        alarm = At(1, lambda: signal.setitimer(signal.ITIMER_REAL, 0.3))
+        with pytest.raises(RuntimeError, match="a worker is gone"):
+            fit(Toy(), tmp_path, 10**6, callbacks=[alarm, Checkpoints(every=1)])
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert saved(tmp_path) == ["step_00000001.ckpt"]
+    assert not list((tmp_path / "checkpoints").glob("*.tmp"))
 
 
 def test_slurm_is_asked_to_start_the_job_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
