@@ -110,7 +110,8 @@ def main() -> None:
         }
         print(name, json.dumps(results["errors"][name]), flush=True)
     for name, (net, batch) in {"scenes": (base, given), **{str(w): published(w) for w in WIDTHS}}.items():
-        copies = {"fp32": copy.deepcopy(net)} | {q: option(f"quant={q}")(copy.deepcopy(net)) for q in FORMATS[:2]}
+        copies = {"fp32": copy.deepcopy(net)}
+        copies |= {key: option(lines[key])(copy.deepcopy(net)) for key in (*FORMATS[:2], "int8, rotated")}
         results["seconds"][name] = seconds({key: for_inference(value) for key, value in copies.items()}, batch)
         print(name, results["seconds"][name], flush=True)
     path = Path(__file__).with_name("results.json")

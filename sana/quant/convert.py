@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -88,6 +89,27 @@ def convert(
     report.bytes_after, report.arithmetic = _bytes(module), arithmetic(module, home)
     setattr(module, "quantization", report)  # noqa: B010 (typed as tensors and modules only)
     return module
+
+
+def convert_to(
+    kind: type[QuantisedLinear],
+    module: nn.Module,
+    include: str | Sequence[str],
+    exclude: str | Sequence[str],
+    **settings: Any,
+) -> nn.Module:
+    """`convert` to layers of one kind, each made of its own weight alone.
+
+    Args:
+        kind: of the layers.
+        module, include, exclude: as of `convert`, and errors too.
+        settings: of every layer.
+    """
+
+    def make(_: str, linear: nn.Linear) -> QuantisedLinear:
+        return kind.from_linear(linear, **settings)
+
+    return convert(module, make, kind=kind.kind, include=include, exclude=exclude)
 
 
 def _layer(

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sana.quant.convert import convert
+from sana.quant.convert import convert_to
 from sana.quant.devices import capability
-from sana.quant.layer import QuantisedLinear
+from sana.quant.layer import RowScaledLinear
 
 E4M3 = torch.float8_e4m3fn
 LARGEST = 448.0
@@ -30,35 +30,16 @@ def quantise_fp8_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     return (x / scale).clamp_(-LARGEST, LARGEST).to(E4M3), scale
 
 
-class FP8Linear(QuantisedLinear):
+class FP8Linear(RowScaledLinear):
     """y[m, o] = s_x[m] s_w[o] sum_k X[m, k] W[o, k] + b[o] with X and W in e4m3 and the sum in fp32.
 
     On CUDA devices of compute capability 8.9 or more the product is `torch._scaled_mm`, which gives bf16 whatever the
     dtype of the input; elsewhere fp32 products of the same codes emulate it.
-
-    Attributes:
-        weight: (out, in) float8_e4m3fn.
-        scale: (out, 1) float32.
     """
 
     kind: ClassVar[str] = "fp8"
-    weight: Tensor
-    scale: Tensor
-
-    def __init__(self, in_features: int, out_features: int, bias: bool, device: torch.device | str | None = None):
-        super().__init__(in_features, out_features, bias, device)
-        self.register_buffer("weight", torch.empty(out_features, in_features, dtype=E4M3, device=device))
-        self.register_buffer("scale", torch.empty(out_features, 1, device=device))
-
-    def quantise(self, weight: Tensor) -> None:
-        """Round to nearest."""
-        codes, scale = quantise_fp8_rows(weight)
-        self.weight.copy_(codes)
-        self.scale.copy_(scale)
-
-    def dequantise(self) -> Tensor:
-        """(out, in) float32."""
-        return self.weight.float() * self.scale
+    dtype: ClassVar[torch.dtype] = E4M3
+    round_rows = staticmethod(quantise_fp8_rows)
 
     def product(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
@@ -90,9 +71,7 @@ def fp8(module: nn.Module, include: str | Sequence[str] = "*", exclude: str | Se
     Raises:
         ValueError: as `convert`.
     """
-    return convert(
-        module, lambda _, linear: FP8Linear.from_linear(linear), kind=FP8Linear.kind, include=include, exclude=exclude
-    )
+    return convert_to(FP8Linear, module, include, exclude)
 
 
 def _real(device: torch.device) -> bool:

@@ -9,37 +9,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sana.quant.convert import convert
-from sana.quant.layer import QuantisedLinear
+from sana.quant.convert import convert_to
+from sana.quant.layer import RowScaledLinear
 from sana.quant.rows import quantise_rows
 
 
-class Int8WeightLinear(QuantisedLinear):
-    """A linear layer with symmetric int8 weights; activations and arithmetic stay in the dtype of the input.
-
-    Attributes:
-        weight: (out, in) int8, see `quantise_rows`.
-        scale: (out, 1) float32.
-    """
+class Int8WeightLinear(RowScaledLinear):
+    """A linear layer with symmetric int8 weights; activations and arithmetic stay in the dtype of the input."""
 
     kind: ClassVar[str] = "int8_weight"
-    weight: Tensor
-    scale: Tensor
-
-    def __init__(self, in_features: int, out_features: int, bias: bool, device: torch.device | str | None = None):
-        super().__init__(in_features, out_features, bias, device)
-        self.register_buffer("weight", torch.empty(out_features, in_features, dtype=torch.int8, device=device))
-        self.register_buffer("scale", torch.empty(out_features, 1, device=device))
-
-    def quantise(self, weight: Tensor) -> None:
-        """Round to nearest."""
-        codes, scale = quantise_rows(weight)
-        self.weight.copy_(codes)
-        self.scale.copy_(scale)
-
-    def dequantise(self) -> Tensor:
-        """(out, in) float32."""
-        return self.weight.float() * self.scale
+    dtype: ClassVar[torch.dtype] = torch.int8
+    round_rows = staticmethod(quantise_rows)
 
     def product(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
@@ -64,10 +44,4 @@ def int8_weight(module: nn.Module, include: str | Sequence[str] = "*", exclude: 
     Raises:
         ValueError: as `convert`.
     """
-    return convert(
-        module,
-        lambda _, linear: Int8WeightLinear.from_linear(linear),
-        kind=Int8WeightLinear.kind,
-        include=include,
-        exclude=exclude,
-    )
+    return convert_to(Int8WeightLinear, module, include, exclude)

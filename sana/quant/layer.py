@@ -108,6 +108,39 @@ class QuantisedLinear(nn.Module):
         return self
 
 
+class RowScaledLinear(QuantisedLinear):
+    """A linear layer with one byte per weight and a scale per output channel; rounding to nearest.
+
+    Attributes:
+        weight: (out, in) in the type that `round_rows` gives.
+        scale: (out, 1) float32.
+    """
+
+    dtype: ClassVar[torch.dtype]
+    weight: Tensor
+    scale: Tensor
+
+    def __init__(self, in_features: int, out_features: int, bias: bool, device: torch.device | str | None = None):
+        super().__init__(in_features, out_features, bias, device)
+        self.register_buffer("weight", torch.empty(out_features, in_features, dtype=self.dtype, device=device))
+        self.register_buffer("scale", torch.empty(out_features, 1, device=device))
+
+    @staticmethod
+    def round_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+        """(m, k) -> codes (m, k) and scale (m, 1) float32 with x about codes * scale."""
+        raise NotImplementedError
+
+    def quantise(self, weight: Tensor) -> None:
+        """Round to nearest."""
+        codes, scale = self.round_rows(weight)
+        self.weight.copy_(codes)
+        self.scale.copy_(scale)
+
+    def dequantise(self) -> Tensor:
+        """(out, in) float32."""
+        return self.weight.float() * self.scale
+
+
 class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: QuantisedLinear) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sana.quant.convert import convert
+from sana.quant.convert import convert_to
 from sana.quant.devices import capability
 from sana.quant.e2m1 import (
     BLOCK,
@@ -131,13 +131,7 @@ def nvfp4(
     Raises:
         ValueError: as `convert`.
     """
-    return convert(
-        module,
-        lambda _, linear: NVFP4Linear.from_linear(linear, activations=activations, search=search),
-        kind=NVFP4Linear.kind,
-        include=include,
-        exclude=exclude,
-    )
+    return convert_to(NVFP4Linear, module, include, exclude, activations=activations, search=search)
 
 
 def _real(device: torch.device) -> bool:

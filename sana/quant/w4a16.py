@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sana.quant.convert import convert
+from sana.quant.convert import convert_to
 from sana.quant.int4 import dequantise_groups, pack_codes, quantise_groups, unpack_codes
 from sana.quant.layer import QuantisedLinear
 
@@ -81,10 +81,4 @@ def w4a16(
     Raises:
         ValueError: as `convert`, or on an odd group.
     """
-    return convert(
-        module,
-        lambda _, linear: W4A16Linear.from_linear(linear, group=group),
-        kind=W4A16Linear.kind,
-        include=include,
-        exclude=exclude,
-    )
+    return convert_to(W4A16Linear, module, include, exclude, group=group)

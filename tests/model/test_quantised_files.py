@@ -78,6 +78,19 @@ def test_a_file_holds_what_quantising_gives(kind: str, tmp_path: Path) -> None:
         assert torch.equal(tensor.float(), theirs[name].float()), name
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "option", "setting"), [("int8", "rotate=16", {"rotate": 16}), ("nvfp4", "search=true", {"search": True})]
+)
+def test_a_file_keeps_how_tokens_are_rounded(kind: str, option: str, setting: dict[str, Any], tmp_path: Path) -> None:
+    path = written(tmp_path, kind, "scenes_sprint", f"quant.{option}")
+    now, loaded = network_of("ckpt=scenes_sprint", f"quant={kind}", f"quant.{option}"), network_of(f"ckpt={path}")
+    assert describe(now) == describe(loaded)
+    assert all(setting.items() <= layer.items() for layer in describe(loaded).values())
+    theirs = loaded.state_dict()
+    assert all(torch.equal(tensor.float(), theirs[name].float()) for name, tensor in now.state_dict().items())
+
+
 def test_the_file_is_small_and_says_what_it_is(file: Path) -> None:
     full = Path("experiments/sprint_scenes/scenes_sprint.safetensors")
     assert file.stat().st_size < 0.55 * full.stat().st_size

@@ -181,6 +181,11 @@ def test_a_rotation_takes_the_block_that_divides() -> None:
     linear, x = nn.Linear(37, 11), torch.randn(3, 37)
     with torch.no_grad():
         assert torch.equal(Int8Linear.from_linear(linear, rotate=16)(x), Int8Linear.from_linear(linear)(x))
+    layer, x = Int8Linear.from_linear(nn.Linear(64, 24), rotate=16), torch.randn(20, 64)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(compiled(x), layer(x), rtol=1e-5, atol=1e-5)
     for wrong in (12, -16):
         with pytest.raises(ValueError, match=r"must be 0 .* or a power of two"):
             int8(nn.Linear(64, 8), rotate=wrong)
