@@ -20,6 +20,7 @@ from sana.bench.counts import H200, LAUNCH, PEAK, decoder_kernels, network_kerne
 from sana.bench.measure import Bench, Case, set_floors
 from sana.bench.parts import SIZES
 from sana.bench.rows import Book, Row, plot, table
+from sana.bench.shapes import TEXT
 
 HERE = Path(__file__).resolve().parents[2] / "experiments" / "performance"
 BEGIN, END = "<!-- bench.py predicted: the table -->", "<!-- the end of the table -->"
@@ -68,7 +69,7 @@ def predictions() -> list[Row]:
         for reuse in (False, True):
             row = Row("models", "forward, caption reused" if reuse else "forward", shape.text, "bf16")
             row.bars = {} if reuse else dict(shape.bars)
-            args = SIZES[shape.size], shape.grid.tokens, models.TEXT, shape.batch, 2, reuse
+            args = SIZES[shape.size], shape.grid.tokens, TEXT, shape.batch, 2, reuse
             set_floors(row, lambda args=args: network_kernels(*args))
             rows.append(row)
     meta = Bench(torch.device("meta"), torch.bfloat16, Book(None))

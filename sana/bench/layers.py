@@ -25,13 +25,14 @@ from sana.bench.measure import Bench, Case, attempt, exact, measure, relative, s
 from sana.bench.parts import SIZES, Size, made, our_network, their_network
 from sana.bench.rows import Book, Row, plot, table
 from sana.bench.run import about
+from sana.bench.shapes import TEXT, caption_mask
 from sana.flow.grid import dpm_grid
 from sana.nn.inference import for_inference
 from sana.sampler.flow_dpm import flow_dpm
 from sana.types import Condition, Context, Grid
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-TEXT, STEPS = 300, 20
+STEPS = 20
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -150,8 +151,7 @@ class Stacks:
         with made(dtype, device, seed=1):
             self.x, self.text = torch.randn(1, shape.grid.tokens, size.width), torch.randn(1, TEXT, size.width)
             self.modulation = 0.3 * torch.randn(1, 1, 6, size.width)
-        self.mask = torch.ones(1, TEXT, dtype=torch.bool)
-        self.mask[:, TEXT * 4 // 5 :] = False
+        self.mask = caption_mask(1, torch.device("cpu"))
         self.bias = ((1 - self.mask.to(dtype)) * -10000.0).unsqueeze(1)
 
     def run_ours(self, x: Tensor) -> Tensor:
@@ -248,8 +248,7 @@ def _sampling(shape: Shape, bench: Bench, row: Row) -> None:
     ours: Any = for_inference(network.eval().requires_grad_(False))
     with made(bench.dtype, bench.device, seed=4):
         noise, text = torch.randn(2, 32, 1, side, side), torch.randn(2, TEXT, size.text_channels)
-    mask = torch.ones(2, TEXT, dtype=torch.bool)
-    mask[:, TEXT * 4 // 5 :] = False
+    mask = caption_mask(2, torch.device("cpu"))
     grid = dpm_grid(STEPS, 3.0)
 
     @torch.no_grad()

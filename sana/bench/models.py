@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,33 +14,11 @@ from sana.bench.measure import Bench, Case, captured, exact, measure, relative, 
 from sana.bench.parts import SIZES, made, our_network, their_network
 from sana.bench.peers import compile_blocks
 from sana.bench.rows import Row
+from sana.bench.shapes import TEXT, Shape, caption_mask
 from sana.network.sana import Sana
 from sana.nn.inference import for_inference
 from sana.ops.choice import set_kernels
-from sana.types import Condition, Grid
-
-TEXT = 300  # tokens; a fifth of them masked, so that the mask has work to do
-
-
-@dataclass(frozen=True)
-class Shape:
-    """One row: a published size at a resolution and batch, and what it has to reach."""
-
-    size: str
-    px: int
-    batch: int
-    bars: tuple[tuple[str, float], ...] = ()
-
-    @property
-    def text(self) -> str:
-        """For the row."""
-        return f"{self.size} {self.px}px b{self.batch}"
-
-    @property
-    def grid(self) -> Grid:
-        """In tokens."""
-        return Grid(1, self.px // 32, self.px // 32)
-
+from sana.types import Condition
 
 SHAPES = (
     Shape("1600m", 1024, 1, (("eager", 2.0), ("compiled", 1.1))),
@@ -82,9 +59,8 @@ class Pair:
         with made(self.dtype, self.device, seed=1):
             x, text = torch.randn(b, 32, side, side), torch.randn(b, TEXT, self.size.text_channels)
             t = torch.linspace(0.3, 0.9, b, dtype=torch.float32)
-        mask = torch.ones(b, TEXT, dtype=torch.bool, device=self.device)
-        mask[:, TEXT * 4 // 5 :] = False
-        return {"x": x, "t": (t * 1000).floor() / 1000, "text": text, "mask": mask}
+        times = (t * 1000).floor() / 1000
+        return {"x": x, "t": times, "text": text, "mask": caption_mask(b, self.device)}
 
     def run_ours(self, given: dict[str, Tensor], reuse: bool = False) -> Callable[[], Tensor]:
         """A forward; with the caption's keys and values made beforehand or within it."""

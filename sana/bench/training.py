@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,41 +20,21 @@ from sana.bench.measure import Bench, Case, measure, relative, set_floors
 from sana.bench.parts import SIZES, made, our_network, their_network
 from sana.bench.peers import compile_blocks
 from sana.bench.rows import Row
+from sana.bench.shapes import TEXT, Shape, caption_mask
 from sana.network.sana import Sana
-from sana.types import Condition, Grid
+from sana.types import Condition
 
-TEXT = 300
 NAME = "training step, fused AdamW"
 
 
-@dataclass(frozen=True)
-class Step:
-    """One row: network, resolution, batch, and what it has to reach."""
-
-    size: str
-    px: int
-    batch: int
-    bars: tuple[tuple[str, float], ...] = ()
-
-    @property
-    def text(self) -> str:
-        """For the row."""
-        return f"{self.size} {self.px}px b{self.batch}"
-
-    @property
-    def grid(self) -> Grid:
-        """In tokens."""
-        return Grid(1, self.px // 32, self.px // 32)
-
-
 STEPS = (
-    Step("1600m", 1024, 16, (("mfu", 0.40), ("eager", 1.25), ("compiled", 1.05))),
-    Step("600m", 512, 64, (("mfu", 0.35),)),
+    Shape("1600m", 1024, 16, (("mfu", 0.40), ("eager", 1.25), ("compiled", 1.05))),
+    Shape("600m", 512, 64, (("mfu", 0.35),)),
 )
-TINY = (Step("tiny", 64, 2),)
+TINY = (Shape("tiny", 64, 2),)
 
 
-def chosen_steps(tiny: bool) -> tuple[Step, ...]:
+def chosen_steps(tiny: bool) -> tuple[Shape, ...]:
     """The rows of this machine: half the batch on cards of less than 100 GB."""
     if tiny:
         return TINY
@@ -103,18 +83,17 @@ class Trainee:
         return loss.detach()
 
 
-def batch(bench: Bench, step: Step) -> dict[str, Tensor]:
+def batch(bench: Bench, step: Shape) -> dict[str, Tensor]:
     """Latents, noise, times, captions; a fifth of the caption is masked."""
     size, side, b = SIZES[step.size], step.px // 32, step.batch
     with made(torch.float32, bench.device, seed=3):
         x0, eps = torch.randn(b, 32, side, side), torch.randn(b, 32, side, side)
         text, t = torch.randn(b, TEXT, size.text_channels), torch.linspace(0.1, 0.9, b)
-    mask = torch.ones(b, TEXT, dtype=torch.bool, device=bench.device)
-    mask[:, TEXT * 4 // 5 :] = False
+    mask = caption_mask(b, bench.device)
     return {"x0": x0, "eps": eps, "text": text.to(bench.dtype), "t": t, "mask": mask}
 
 
-def make_ours(bench: Bench, step: Step, given: dict[str, Tensor], compiled: bool) -> Trainee:
+def make_ours(bench: Bench, step: Shape, given: dict[str, Tensor], compiled: bool) -> Trainee:
     """Our network."""
     network = our_network(SIZES[step.size], step.px, torch.float32, bench.device).train()
     if compiled:
@@ -126,7 +105,7 @@ def make_ours(bench: Bench, step: Step, given: dict[str, Tensor], compiled: bool
     return Trainee(network, run, bench, given)
 
 
-def make_theirs(bench: Bench, step: Step, given: dict[str, Tensor], compiled: bool) -> Trainee:
+def make_theirs(bench: Bench, step: Shape, given: dict[str, Tensor], compiled: bool) -> Trainee:
     """diffusers' network."""
     network = their_network(SIZES[step.size], step.px, torch.float32, bench.device).train()
     if compiled:
@@ -139,24 +118,24 @@ def make_theirs(bench: Bench, step: Step, given: dict[str, Tensor], compiled: bo
     return Trainee(network, run, bench, given)
 
 
-def step_kernels(step: Step) -> list[Kernel]:
+def step_kernels(step: Shape) -> list[Kernel]:
     """Forward, backward, weights cast to bf16 (6 bytes each), AdamW (28 bytes each)."""
     forward = network_kernels(SIZES[step.size], step.grid.tokens, TEXT, step.batch, 2)
     count = sum(p.numel() for p in _shape_of(step).parameters())
     return [*forward, *backward_kernels(forward), Kernel("cast", 0, 6.0 * count), Kernel("AdamW", 0, 28.0 * count)]
 
 
-def operations(step: Step) -> int:
+def operations(step: Shape) -> int:
     """Of one update."""
     return 3 * step.batch * _shape_of(step).flops(step.grid, TEXT)
 
 
-def _shape_of(step: Step) -> Sana:
+def _shape_of(step: Shape) -> Sana:
     return our_network(SIZES[step.size], step.px, torch.float32, torch.device("meta"))
 
 
 class _Update:
-    def __init__(self, step: Step, compiled: bool = False) -> None:
+    def __init__(self, step: Shape, compiled: bool = False) -> None:
         self.step, self.compiled = step, compiled
 
     def __call__(self, bench: Bench, row: Row) -> None:

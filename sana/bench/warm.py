@@ -18,6 +18,7 @@ from sana.bench.measure import Bench, one_line, say
 from sana.bench.peers import compile_blocks
 from sana.bench.rows import Book, Row
 from sana.bench.run import DTYPES, add_arguments  # noqa: F401  (the same options, so that one command line serves both)
+from sana.bench.shapes import Shape
 
 
 def run(options: argparse.Namespace) -> int:
@@ -46,7 +47,7 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _network(bench: Bench, shape: models.Shape) -> None:
+def _network(bench: Bench, shape: Shape) -> None:
     both = models.pair(bench, shape.size, shape.px)
     given = both.inputs(shape)
     compile_blocks(both.theirs.transformer_blocks)
@@ -54,7 +55,7 @@ def _network(bench: Bench, shape: models.Shape) -> None:
     bench.drop()
 
 
-def _training(bench: Bench, step: training.Step) -> None:
+def _training(bench: Bench, step: Shape) -> None:
     given = training.batch(bench, step)
     for make in (training.make_theirs, training.make_ours):
         make(bench, step, given, compiled=True).step()

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import track
 
 from sana.data.bucket import Buckets
-from sana.data.cache_folder import CacheFolder, CacheKey
+from sana.data.cache_folder import CacheFolder, CacheKey, find_cache
 from sana.data.cache_write import ShardSamples, shards_of, write_latents, write_text
 from sana.data.loader import Samples, Slot
 
@@ -60,6 +60,24 @@ class Job:
             for shard in track(missing, f"caching {self.folder.key.kind}", console=Console(stderr=True)):
                 self.write(shard)
         return self.folder
+
+    def found(self) -> CacheFolder:
+        """The folder, which has to be complete: see `find_cache`."""
+        return find_cache(self.folder.path.parent, self.folder.key)
+
+
+def cache_parent(data: str, cache: str | None) -> Path:
+    """The folder that holds the caches of a place of data: "cache" beside it where none is given.
+
+    Raises:
+        ValueError: none is given, and the data lie at an address.
+    """
+    if cache is not None:
+        return Path(cache)
+    if "://" in data:
+        raise ValueError(f"data.cache: a folder is needed to keep latents or features of {data}")
+    path = Path(data)
+    return (path if path.is_dir() else path.parent) / "cache"
 
 
 def latent_jobs(

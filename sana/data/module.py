@@ -8,7 +8,6 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from fractions import Fraction
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,8 +17,8 @@ from torch.utils.data import DataLoader
 
 from sana.data.bucket import Buckets, square
 from sana.data.cache import LatentCache, TextCache
-from sana.data.cache_folder import DTYPES, FLIPS, find_cache
-from sana.data.caching import Encoding, Job, latent_jobs, text_jobs
+from sana.data.cache_folder import DTYPES, FLIPS
+from sana.data.caching import Encoding, Job, cache_parent, latent_jobs, text_jobs
 from sana.data.caption import PowerScore, Proportion, SoftmaxScore
 from sana.data.formats.open import open_source
 from sana.data.loader import MicroBatches, Samples, Slot, loader, micro_batches, to_float
@@ -288,18 +287,10 @@ class ShardsData(LightningDataModule):
             encoding: how they are made.
         """
         samples = self.samples()
-        parents = [self._cache_parent(folder) for folder in self.folders]
+        parents = [cache_parent(folder, self.cache) for folder in self.folders]
         if kind == "text":
             return text_jobs(samples, parents, encoding, self.cache_dtype)
         return latent_jobs(samples, self.table(samples.sources), parents, encoding, self.cache_dtype, self.flip)
-
-    def _cache_parent(self, folder: str) -> Path:
-        if self.cache is not None:
-            return Path(self.cache)
-        path = Path(folder)
-        if "://" in folder:
-            raise ValueError(f"data.cache: a folder is needed to keep latents or features of {folder}")
-        return (path if path.is_dir() else path.parent) / "cache"
 
     def _caches(self) -> tuple[LatentCache | None, TextCache | None]:
         """The caches that this run reads, made first where that is allowed."""
@@ -311,10 +302,7 @@ class ShardsData(LightningDataModule):
             if not hasattr(recipe, "encodings"):
                 raise ValueError(f"data.cache_{kind}={wanted} needs a recipe with frozen encoders; set it to false")
             jobs = self.cache_jobs(kind, recipe.encodings()[kind])
-            if wanted == "required":
-                folders = [find_cache(job.folder.path.parent, job.folder.key) for job in jobs]
-            else:
-                folders = [job.complete() for job in jobs]
+            folders = [job.found() if wanted == "required" else job.complete() for job in jobs]
             found[kind] = LatentCache(*folders) if kind == "latents" else TextCache(*folders)
         return found["latents"], found["text"]
 

@@ -82,8 +82,7 @@ class ResBlock(Local):
         self.norm = RMSNorm2d(width)
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-        y = self.conv2(self._hidden(x))
-        return self.norm(y, residual=x) if x.is_cuda else x + self.norm(y)
+        return self.norm(self.conv2(self._hidden(x)), residual=x)
 
     def _hidden(self, x: Tensor) -> Tensor:
         weight, bias = self.conv1.weight, self.conv1.bias
@@ -183,8 +182,7 @@ class GatedConv(nn.Module):
         self.norm = RMSNorm2d(width)
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-        y = self.project(self.depthwise(self.expand(x)))
-        return self.norm(y, residual=x) if x.is_cuda else x + self.norm(y)
+        return self.norm(self.project(self.depthwise(self.expand(x))), residual=x)
 
 
 class EViTBlock(Local):
@@ -276,16 +274,8 @@ class Upsample(Local):
         if kernels_for(x, weight, bias):
             parts = [F.conv2d(x, kernel, padding=1) for kernel in doubling_kernels(weight)]
             return double(parts, x, bias, self.shortcut)
-        (b, _, h, w) = x.shape
-        y = torch.empty(b, 2 * h, 2 * w, self.outputs, dtype=x.dtype, device=x.device).movedim(-1, 1)
-        for k in range(4):  # one after the other, to save memory
-            i, j = divmod(k, 2)
-            part = F.conv2d(x, doubling_kernel(weight, k), bias, padding=1)[:, :, i : i + h, j : j + w]
-            if self.shortcut:
-                channel = torch.arange(k, 4 * self.outputs, 4, device=x.device)
-                part = part + x[:, channel * x.shape[1] // (4 * self.outputs)]
-            y[:, :, i::2, j::2] = part
-        return y
+        one_by_one = (F.conv2d(x, doubling_kernel(weight, k), bias, padding=1) for k in range(4))  # to save memory
+        return double(one_by_one, x, None, self.shortcut)
 
 
 def _is_channels_last(x: Tensor) -> bool:

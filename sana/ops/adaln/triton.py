@@ -35,12 +35,19 @@ def _rows(tokens: int) -> int:
     return _ROWS if tokens >= 2 * _ROWS * _PROGRAMS else 1
 
 
-def _chunk(frame: int, others: int) -> int:
-    """Tokens that a program of the backward kernels sums: few enough to fill the card, else up to 64."""
+def _chunks(frame: int, others: int) -> tuple[int, int]:
+    """Tokens that a program of the backward kernels sums, few enough to fill the card, else up to 64; and how many
+    programs a frame takes."""
     chunk = 8
     while chunk < 64 and others * triton.cdiv(frame, 2 * chunk) >= _PROGRAMS:
         chunk *= 2
-    return min(chunk, frame)
+    chunk = min(chunk, frame)
+    return chunk, triton.cdiv(frame, chunk) if chunk else 0
+
+
+def _strides(*tensors: Tensor) -> list[int]:
+    """Those of the first two dimensions, one tensor after the other."""
+    return [stride for x in tensors for stride in x.stride()[:2]]
 
 
 def _dense(x: Tensor) -> Tensor:
@@ -79,10 +86,9 @@ def launch_norm(
     if out.numel():
         with torch.cuda.device_of(x):
             norm_rows[(b * frames * triton.cdiv(frame, rows),)](
-                x, other, shift, scale, out, total, mean, rstd, n, d, frame, frames, x.stride(0), x.stride(1),
-                other.stride(0), other.stride(1), shift.stride(0), shift.stride(1), scale.stride(0), scale.stride(1),
-                eps, RESIDUAL=y is not None, STATISTICS=statistics, ROWS=rows, BLOCK=block, num_warps=warps,
-                num_stages=1,
+                x, other, shift, scale, out, total, mean, rstd, n, d, frame, frames,
+                *_strides(x, other, shift, scale), eps, RESIDUAL=y is not None, STATISTICS=statistics, ROWS=rows,
+                BLOCK=block, num_warps=warps, num_stages=1,
             )  # fmt: skip
     return out, total, mean, rstd
 
@@ -96,16 +102,14 @@ def launch_norm_back(
     more = grad if extra is None else _dense(extra)
     b = x.shape[0]
     dx = new_empty(x, (b, n, d))
-    chunk = _chunk(frame, b * frames)
-    chunks = triton.cdiv(frame, chunk) if chunk else 0
+    chunk, chunks = _chunks(frame, b * frames)
     partial = new_empty(x, (b, frames, chunks, 2, d), torch.float32)
     block, warps = _block(d, norm_rows_back, x.dtype)
     if dx.numel():
         with torch.cuda.device_of(x):
             norm_rows_back[(b * frames * chunks,)](
-                grad, more, x, scale, mean, rstd, dx, partial, n, d, frame, frames, chunk, grad.stride(0),
-                grad.stride(1), more.stride(0), more.stride(1), x.stride(0), x.stride(1), scale.stride(0),
-                scale.stride(1), RESIDUAL=extra is not None, BLOCK=block, num_warps=warps, num_stages=1,
+                grad, more, x, scale, mean, rstd, dx, partial, n, d, frame, frames, chunk,
+                *_strides(grad, more, x, scale), RESIDUAL=extra is not None, BLOCK=block, num_warps=warps, num_stages=1,
             )  # fmt: skip
     dshift, dscale = partial.sum(2).unbind(2)
     return dx, fresh(dshift, shift), fresh(dscale, scale)
@@ -122,8 +126,8 @@ def launch_gate(x: Tensor, gate: Tensor, y: Tensor) -> Tensor:
     if out.numel():
         with torch.cuda.device_of(x):
             gate_rows[(b * frames * triton.cdiv(frame, rows),)](
-                x, gate, y, out, n, d, frame, frames, x.stride(0), x.stride(1), gate.stride(0), gate.stride(1),
-                y.stride(0), y.stride(1), ROWS=rows, BLOCK=block, num_warps=warps, num_stages=1,
+                x, gate, y, out, n, d, frame, frames, *_strides(x, gate, y), ROWS=rows, BLOCK=block,
+                num_warps=warps, num_stages=1,
             )  # fmt: skip
     return out
 
@@ -134,15 +138,14 @@ def launch_gate_back(grad: Tensor, gate: Tensor, y: Tensor) -> tuple[Tensor, Ten
     grad, dense, y = _dense(grad), _dense(gate), _dense(y)
     b = y.shape[0]
     dy = new_empty(y, (b, n, d))
-    chunk = _chunk(frame, b * frames)
-    chunks = triton.cdiv(frame, chunk) if chunk else 0
+    chunk, chunks = _chunks(frame, b * frames)
     partial = new_empty(y, (b, frames, chunks, d), torch.float32)
     block, warps = _block(d, gate_rows_back, y.dtype)
     if dy.numel():
         with torch.cuda.device_of(y):
             gate_rows_back[(b * frames * chunks,)](
-                grad, dense, y, dy, partial, n, d, frame, frames, chunk, grad.stride(0), grad.stride(1),
-                dense.stride(0), dense.stride(1), y.stride(0), y.stride(1), BLOCK=block, num_warps=warps, num_stages=1,
+                grad, dense, y, dy, partial, n, d, frame, frames, chunk, *_strides(grad, dense, y), BLOCK=block,
+                num_warps=warps, num_stages=1,
             )  # fmt: skip
     return dy, fresh(partial.sum(2), gate)
 

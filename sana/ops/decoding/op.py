@@ -6,6 +6,8 @@ is taken.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -51,13 +53,16 @@ def doubling_kernels(weight: Float[Tensor, "d c 3 3"]) -> list[Float[Tensor, "d 
 
 
 def double(
-    parts: list[Float[Tensor, "b d h_1 w_1"]],
+    parts: Iterable[Float[Tensor, "b d h_1 w_1"]],
     x: Float[Tensor, "b c h w"],
     bias: Float[Tensor, " d"] | None,
     shortcut: bool,
 ) -> Float[Tensor, "b d 2*h 2*w"]:
-    """See `naive.double`."""
-    if bias is None or not all(kernels_for(part, x, bias) for part in (x, *parts)):
+    """See `naive.double`, which is taken without a bias, too."""
+    if bias is None:
+        return naive.double(parts, x, bias, shortcut)
+    parts = list(parts)
+    if not all(kernels_for(part, x, bias) for part in (x, *parts)):
         return naive.double(parts, x, bias, shortcut)
     from sana.ops.decoding import triton
 

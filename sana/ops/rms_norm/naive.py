@@ -24,9 +24,9 @@ def rms_norm(
 
     The norm is computed in at least fp32 and rounded to the type of x before the activation and the sum.
     """
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    y = (normed * weight if bias is None else torch.addcmul(bias, normed, weight)).to(x.dtype)
+    y = x.to(torch.promote_types(x.dtype, torch.float32))  # one name, so that no step is kept longer than needed
+    y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)
+    y = (y * weight if bias is None else torch.addcmul(bias, y, weight)).to(x.dtype)
     if activation is not None:
         y = ACTIVATIONS[activation](y)
     return y if residual is None else residual + y
