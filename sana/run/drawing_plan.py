@@ -8,6 +8,8 @@ allocates inside one call; and some kernels for GPUs need less than the plain op
 
 from __future__ import annotations
 
+import copy
+import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -28,6 +30,7 @@ from sana.ops.allocations import Allocations
 from sana.quant.rebuild import kinds_of, rebuild
 from sana.quant.report import arithmetic
 from sana.run.build import build
+from sana.run.calibration_plan import calibration_peak
 from sana.run.compose import Composed
 from sana.run.dtype import check_dtypes
 from sana.run.error import ConfigError
@@ -67,7 +70,8 @@ class DrawingPlan:
 
     Attributes:
         parts: name -> bytes of its weights as they are loaded, quantised where they are.
-        stages: name of the part that works -> what is on the device meanwhile.
+        stages: name of the part that works -> what is on the device meanwhile; "calibration" is that of a format which
+            is fitted to the network's work, before anything is drawn.
         images: drawn at once.
         height, width: pixels that the network draws.
         tile: side in pixels of the autoencoder's largest tile, None where it decodes the whole at once.
@@ -104,6 +108,8 @@ def make_drawing_plan(composed: Composed) -> DrawingPlan:
     model = training_behind(config).config.model
     autocast = config.precision in ("auto", "bf16-mixed")
     network, autoencoder = _network(config, model), _autoencoder(config, model)
+    unquantised = copy.deepcopy(network) if calibrates(config) else None
+    network = quantised = _quantised(network, config)
     inside = autocast and config.dtype.autoencoder == "auto"
     if autocast:
         cast_once(network, autoencoder if inside else None)
@@ -122,7 +128,7 @@ def make_drawing_plan(composed: Composed) -> DrawingPlan:
     with fake:
         network, autoencoder = network.to_empty(device="cpu"), autoencoder.to_empty(device="cpu")
     latents = (images, autoencoder.channels, height // ratio, width // ratio)
-    pairs = 2 if config.sampler.guidance != 1 and network.guidance_embed is None else 1
+    pairs = _pairs(config, network)
     with torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext(), fake:
         drawing = _denoising(network, latents, pairs, int(config.sampler.steps), text)
     with torch.autocast("cpu", torch.bfloat16) if inside else nullcontext():
@@ -130,6 +136,9 @@ def make_drawing_plan(composed: Composed) -> DrawingPlan:
     working = {"text encoder": text.activations, "network": drawing, "autoencoder": decoding}
     everything = sum(parts.values())
     stages = {name: Stage(everything if config.offload == "none" else resident[name], working[name]) for name in parts}
+    if unquantised is not None:
+        there = everything - parts["network"] + weight_bytes(unquantised)
+        stages["calibration"] = Stage(there, _calibration(config, unquantised, quantised, ratio, autocast, text))
     return DrawingPlan(parts, stages, images, height, width, tile, quant)
 
 
@@ -165,11 +174,45 @@ def _network(config: DictConfig, model: DictConfig) -> Any:
         network = build(model.network, "network").eval().requires_grad_(False)
         if config.precision == "bf16-true":
             _cast(network, torch.bfloat16)
-        if config.quant is not None:
-            network = build(config.quant, "quant")(network)
-        else:
-            network = _as_in_file(network, config)
     return network
+
+
+def _quantised(network: Any, config: DictConfig) -> Any:
+    """The network in the format asked for, or as the checkpoint is."""
+    with torch.device("meta"):
+        return _as_in_file(network, config) if config.quant is None else build(config.quant, "quant")(network)
+
+
+def calibrates(config: DictConfig) -> bool:
+    """Whether the format asked for is fitted to what the network meets."""
+    return config.quant is not None and getattr(build(config.quant, "quant"), "calibrates", False)
+
+
+def _calibration(config: DictConfig, network: Any, quantised: Any, ratio: int, autocast: bool, text: _Text) -> int:
+    """Bytes that a calibration allocates, on the prompts and in the batches of `sana.model.quantise`."""
+    quant, sampler = build(config.quant, "quant"), config.sampler
+    count = quant.prompts if isinstance(quant.prompts, int) else len(quant.prompts)
+    images, side = min(count, int(config.batch_size)), int(config.size) // ratio
+    latents = (images, network.in_channels, side, side)
+    pairs = _pairs(config, network)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        network = network.to_empty(device="cpu")
+    return calibration_peak(
+        quant,
+        network,
+        quantised,
+        lambda given: _prepared(given, images, pairs, int(sampler.steps), text),
+        lambda given, prepared: _step(given, latents, pairs, prepared),
+        batches=-(-count // images),
+        calls=int(sampler.steps) * (2 if sampler.get("pag_scale") else 1),
+        latents=4 * pairs * math.prod(latents),
+        autocast=autocast,
+    )
+
+
+def _pairs(config: DictConfig, network: Any) -> int:
+    """Latents that the network is given of each image: two where guidance is by difference."""
+    return 2 if config.sampler.guidance != 1 and network.guidance_embed is None else 1
 
 
 def _as_in_file(network: Any, config: DictConfig) -> Any:
@@ -264,21 +307,26 @@ def _text_activations(numbers: dict[str, Any], tokens: int, dtype: torch.dtype) 
 
 def _denoising(network: Any, latents: tuple[int, int, int, int], pairs: int, steps: int, text: _Text) -> int:
     """Bytes that drawing allocates, fake tensors given: the caption's keys and values, and one step."""
+    return _peak(lambda: _step(network, latents, pairs, _prepared(network, latents[0], pairs, steps, text)))
+
+
+def _prepared(network: Any, images: int, pairs: int, steps: int, text: _Text) -> Prepared:
+    """What all steps share, fake."""
+    prompts = Condition(torch.empty(images + pairs - 1, text.rows, text.channels, dtype=text.dtype))
+    guidance = None if network.guidance_embed is None else torch.empty(images)
+    kv = network.prepare(prompts).text_kv
+    kv = tuple(layer[torch.zeros(pairs * images, dtype=torch.long)] for layer in kv) if pairs > 1 else kv
+    times = network.prepare_times(torch.empty(steps), guidance)
+    mask = torch.ones(pairs * images, text.rows, dtype=torch.bool)
+    return Prepared(kv, mask, guidance, times)
+
+
+def _step(network: Any, latents: tuple[int, int, int, int], pairs: int, prepared: Prepared) -> None:
+    """One call of the network, fake."""
     b, c, h, w = latents
-
-    def step() -> None:
-        prompts = Condition(torch.empty(b + pairs - 1, text.rows, text.channels, dtype=text.dtype))
-        guidance = None if network.guidance_embed is None else torch.empty(b)
-        kv = network.prepare(prompts).text_kv
-        kv = tuple(layer[torch.zeros(pairs * b, dtype=torch.long)] for layer in kv) if pairs > 1 else kv
-        times = network.prepare_times(torch.empty(steps), guidance)
-        x = torch.empty(b, c, 1, h, w)
-        mask = torch.ones(pairs * b, text.rows, dtype=torch.bool)
-        both = torch.cat([x] * pairs)
-        t = torch.zeros(pairs * b, 1)
-        network(both, t, Prepared(kv, mask, guidance, times))
-
-    return _peak(step)
+    x = torch.empty(b, c, 1, h, w)
+    both = torch.cat([x] * pairs)
+    network(both, torch.zeros(pairs * b, 1), prepared)
 
 
 def _peak(work: Callable[[], object]) -> int:
@@ -359,10 +407,13 @@ def print_drawing_plan(composed: Composed, console: Console | None = None) -> No
         table.add_row(f"weights, {name}", _gib(size), escape(what.get(name, f"dtype.text={config.dtype.text}")))
     for name, stage in plan.stages.items():
         there = "all parts" if config.offload == "none" else "alone"
+        if name == "calibration":
+            there = "all parts, the network in full precision"
         note = f"{there} {_gib(stage.weights)} + {_gib(stage.activations)} at work"
         if name == "autoencoder" and plan.tile is not None:
             note += f", in tiles of up to {plan.tile} px"
-        table.add_row(f"while the {name} works", _gib(stage.bytes), escape(note))
+        during = "during calibration" if name == "calibration" else f"while the {name} works"
+        table.add_row(during, _gib(stage.bytes), escape(note))
     card = (
         f"fits a card of {plan.card} GB, without its CUDA context"
         if plan.card
