@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -26,23 +25,19 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from sana.aspect_ratio import drawn_size
 from sana.checkpoint.record import read_quantisation
 from sana.nn.inference import cast_once
-from sana.ops.allocations import Allocations
 from sana.quant.rebuild import kinds_of, rebuild
 from sana.quant.report import arithmetic
 from sana.run.build import build
-from sana.run.calibration_plan import calibration_peak
 from sana.run.compose import Composed
 from sana.run.dtype import check_dtypes
 from sana.run.error import ConfigError
-from sana.run.plan import text_numbers
+from sana.run.part_plan import DTYPES, Text, largest_at_once, peak_of, text_of, weight_bytes
 from sana.run.prompts import read_prompts
 from sana.run.runs import find_weights
 from sana.run.saved import training_behind
 from sana.types import Condition, Prepared
 
 CARDS = (8, 12, 16, 24, 40, 80)  # GiB
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-INSTRUCTION = 256  # tokens before a prompt, generously: the published instruction has fewer
 GIB = 2**30
 
 
@@ -113,7 +108,7 @@ def make_drawing_plan(composed: Composed) -> DrawingPlan:
     inside = autocast and config.dtype.autoencoder == "auto"
     if autocast:
         cast_once(network, autoencoder if inside else None)
-    text = _text(config, model)
+    text = text_of(config, model)
     ratio = autoencoder.ratio
     height, width = _size(config, ratio * network.patch)
     images = images_at_once(composed.resolved)
@@ -121,8 +116,8 @@ def make_drawing_plan(composed: Composed) -> DrawingPlan:
     parts = {"text encoder": text.bytes, "network": weight_bytes(network), "autoencoder": weight_bytes(autoencoder)}
     resident = {
         "text encoder": text.largest,
-        "network": _largest_at_once(network, config.offload),
-        "autoencoder": _largest_at_once(autoencoder, config.offload),
+        "network": largest_at_once(network, config.offload),
+        "autoencoder": largest_at_once(autoencoder, config.offload),
     }
     arithmetic(network, torch.device("cpu"))  # some formats try the processor out, which they cannot on fake tensors
     with fake:
@@ -140,31 +135,6 @@ def make_drawing_plan(composed: Composed) -> DrawingPlan:
         there = everything - parts["network"] + weight_bytes(unquantised)
         stages["calibration"] = Stage(there, _calibration(config, unquantised, quantised, ratio, autocast, text))
     return DrawingPlan(parts, stages, images, height, width, tile, quant)
-
-
-def weight_bytes(module: nn.Module) -> int:
-    """Of parameters and buffers, each counted once."""
-    return sum(t.numel() * t.element_size() for t in {id(t): t for t in _tensors(module)}.values())
-
-
-def _tensors(module: nn.Module) -> list[Tensor]:
-    return [*module.parameters(), *module.buffers()]
-
-
-def _largest_at_once(module: nn.Module, offload: str) -> int:
-    """Bytes of a part's weights on the device with ``offload="sequential"``: what lies in no list of layers, and the
-    largest layer of those that do; else all of them."""
-    if offload != "sequential":
-        return weight_bytes(module)
-    lists = [part for part in module.modules() if isinstance(part, nn.ModuleList | nn.Sequential)]
-    leaves = {leaf for part in lists for leaf in part.modules() if not list(leaf.children())}
-    stay = [t for part in module.modules() if part not in leaves for t in _own(part)]
-    largest = max((sum(t.numel() * t.element_size() for t in _own(leaf)) for leaf in leaves), default=0)
-    return sum(t.numel() * t.element_size() for t in stay) + largest
-
-
-def _own(module: nn.Module) -> list[Tensor]:
-    return [*module.parameters(recurse=False), *module.buffers(recurse=False)]
 
 
 def _network(config: DictConfig, model: DictConfig) -> Any:
@@ -188,7 +158,7 @@ def calibrates(config: DictConfig) -> bool:
     return config.quant is not None and getattr(build(config.quant, "quant"), "calibrates", False)
 
 
-def _calibration(config: DictConfig, network: Any, quantised: Any, ratio: int, autocast: bool, text: _Text) -> int:
+def _calibration(config: DictConfig, network: Any, quantised: Any, ratio: int, autocast: bool, text: Text) -> int:
     """Bytes that a calibration allocates, on the prompts and in the batches of `sana.model.quantise`."""
     quant, sampler = build(config.quant, "quant"), config.sampler
     count = quant.prompts if isinstance(quant.prompts, int) else len(quant.prompts)
@@ -197,7 +167,7 @@ def _calibration(config: DictConfig, network: Any, quantised: Any, ratio: int, a
     pairs = _pairs(config, network)
     with FakeTensorMode(allow_non_fake_inputs=True):
         network = network.to_empty(device="cpu")
-    return calibration_peak(
+    return calibrationpeak_of(
         quant,
         network,
         quantised,
@@ -252,65 +222,12 @@ def _cast(module: nn.Module, dtype: torch.dtype) -> None:
         parameter.data = parameter.data.to(dtype)
 
 
-@dataclass(frozen=True)
-class _Text:
-    """The text encoder: bytes of all weights and of those that are there at once, bytes that it allocates, the number
-    and width of a prompt's rows, and their type."""
-
-    bytes: int
-    largest: int
-    activations: int
-    rows: int
-    channels: int
-    dtype: torch.dtype
-
-
-def _text(config: DictConfig, model: DictConfig) -> _Text:
-    """The text encoder's memory from the numbers of its configuration."""
-    node = model.text_encoder
-    numbers = text_numbers(node)
-    if numbers is None:
-        raise ConfigError(f"dry_run: the text encoder's size is not known: {node.path} is not on this machine")
-    dtype = DTYPES[node.get("dtype", "bfloat16") if config.dtype.text == "auto" else config.dtype.text]
-    rows = int(node.get("max_tokens", 300))
-    tokens = rows + (INSTRUCTION if node.get("instruction") is not None else 0)
-    with torch.device("meta"):
-        gemma = _gemma(numbers).to(dtype)
-    activations = _text_activations(numbers, tokens, dtype)
-    return _Text(
-        weight_bytes(gemma), _largest_at_once(gemma, config.offload), activations, rows, gemma.config.hidden_size, dtype
-    )
-
-
-def _gemma(numbers: dict[str, Any], layers: int | None = None) -> Any:
-    from sana.encoder.text.weights import without
-
-    with without("torchao"):
-        from transformers import Gemma2Config, Gemma2Model
-    made = Gemma2Config(**{key: value for key, value in numbers.items() if key in Gemma2Config().to_dict()})
-    made._attn_implementation = "eager"
-    made.num_hidden_layers = made.num_hidden_layers if layers is None else layers
-    if made.layer_types is not None:
-        made.layer_types = made.layer_types[: made.num_hidden_layers]
-    return Gemma2Model(made).eval().requires_grad_(False)
-
-
-def _text_activations(numbers: dict[str, Any], tokens: int, dtype: torch.dtype) -> int:
-    """Bytes that one prompt of so many tokens allocates: layers come one after the other, so two tell."""
-    with torch.device("meta"):
-        gemma = _gemma(numbers, layers=2).to(dtype)
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        gemma = gemma.to_empty(device="cpu")
-        ids = torch.zeros(1, tokens, dtype=torch.long)
-        return _peak(lambda: gemma(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False))
-
-
-def _denoising(network: Any, latents: tuple[int, int, int, int], pairs: int, steps: int, text: _Text) -> int:
+def _denoising(network: Any, latents: tuple[int, int, int, int], pairs: int, steps: int, text: Text) -> int:
     """Bytes that drawing allocates, fake tensors given: the caption's keys and values, and one step."""
-    return _peak(lambda: _step(network, latents, pairs, _prepared(network, latents[0], pairs, steps, text)))
+    return peak_of(lambda: _step(network, latents, pairs, _prepared(network, latents[0], pairs, steps, text)))
 
 
-def _prepared(network: Any, images: int, pairs: int, steps: int, text: _Text) -> Prepared:
+def _prepared(network: Any, images: int, pairs: int, steps: int, text: Text) -> Prepared:
     """What all steps share, fake."""
     prompts = Condition(torch.empty(images + pairs - 1, text.rows, text.channels, dtype=text.dtype))
     guidance = None if network.guidance_embed is None else torch.empty(images)
@@ -327,12 +244,6 @@ def _step(network: Any, latents: tuple[int, int, int, int], pairs: int, prepared
     x = torch.empty(b, c, 1, h, w)
     both = torch.cat([x] * pairs)
     network(both, torch.zeros(pairs * b, 1), prepared)
-
-
-def _peak(work: Callable[[], object]) -> int:
-    with torch.no_grad(), Allocations() as allocations:
-        work()
-    return allocations.peak
 
 
 def _decoding(autoencoder: Any, latents: tuple[int, ...], weights: int, fake: FakeTensorMode) -> tuple[int, int | None]:
@@ -352,7 +263,7 @@ def _decoding(autoencoder: Any, latents: tuple[int, ...], weights: int, fake: Fa
 
 def _blended(autoencoder: Any, like: Tensor, fake: FakeTensorMode) -> int:
     with fake:
-        return _peak(lambda: autoencoder.decode(like))
+        return peak_of(lambda: autoencoder.decode(like))
 
 
 def _size(config: DictConfig, multiple: int) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""The memory of SVDQuant's calibration: what is kept by closed form, and the whole as a real calibration allocates it."""
+"""The memory of SVDQuant's calibration: what is kept by closed form, the whole as a real calibration allocates it."""
 
 from __future__ import annotations
 
