@@ -35,8 +35,8 @@ class Allocations(TorchDispatchMode):
         return result
 
     def _meet(self, storage: torch.UntypedStorage) -> None:
-        """Of an input, which was made elsewhere and of which a result may be a view; while it lives, as what comes after
-        may lie in its place."""
+        """Leave out an input that was made elsewhere, of which a result may be a view. Only while it lives: what comes
+        after may lie in its place."""
         key = storage._cdata
         if key not in self._known:
             self._known.add(key)

@@ -167,7 +167,7 @@ def _calibration(config: DictConfig, network: Any, quantised: Any, ratio: int, a
     pairs = _pairs(config, network)
     with FakeTensorMode(allow_non_fake_inputs=True):
         network = network.to_empty(device="cpu")
-    return calibrationpeak_of(
+    return calibration_peak(
         quant,
         network,
         quantised,

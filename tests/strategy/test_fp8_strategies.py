@@ -140,11 +140,9 @@ def test_recomputed_blocks_give_the_same_gradients_and_keep_their_products() -> 
 @pytest.mark.slow
 @pytest.mark.long
 def test_compiled_blocks_learn_what_plain_ones_do(folder: Path) -> None:
-    """In processes of their own: the checks of shapes that tests switch on are no matter for a compiler."""
+    """In a process of its own: the checks of shapes that tests switch on make a compiler take minutes."""
     kinds = ("fp8", "fp8 compiled")
     plain, compiled = on_ranks(1, folder, [{"strategy": "single", "steps": 2, "kind": kind} for kind in kinds])
-    both, sharded = on_ranks(2, folder, [{"strategy": "fsdp", "steps": 2, "kind": kind} for kind in kinds])
-    for found, expected in ((compiled, plain), (sharded, both)):
-        close(found["losses"], expected["losses"], 1e-3)
-        for part in ("whole", "average"):
-            assert found[part].keys() == expected[part].keys()
+    close(compiled["losses"], plain["losses"], 1e-3)
+    for part in ("whole", "average"):
+        assert compiled[part].keys() == plain[part].keys()
