@@ -27,12 +27,20 @@ class Allocations(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for leaf in tree_leaves((args, kwargs)):
             if isinstance(leaf, Tensor):
-                self._known.add(leaf.untyped_storage()._cdata)  # of the inputs: a result may be a view of them
+                self._meet(leaf.untyped_storage())
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self._count(leaf.untyped_storage())
         return result
+
+    def _meet(self, storage: torch.UntypedStorage) -> None:
+        """Leave out an input that was made elsewhere, of which a result may be a view. Only while it lives: what comes
+        after may lie in its place."""
+        key = storage._cdata
+        if key not in self._known:
+            self._known.add(key)
+            weakref.finalize(storage, self._known.discard, key)
 
     def _count(self, storage: torch.UntypedStorage) -> None:
         key, size = storage._cdata, storage.nbytes()

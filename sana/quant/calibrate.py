@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from sana.quant.conv_linear import is_pointwise
 
@@ -41,7 +42,8 @@ def collect(network: nn.Module, run: Run, rows: int = 1024, seed: int = 0) -> di
     """Inputs of every linear layer and 1x1 convolution that a run reaches, by name.
 
     Args:
-        network: as it is; nothing of it changes.
+        network: as it is; nothing of it changes. It may be of fake tensors, to plan memory: what is found then has
+            shapes alone, and nothing is looked at for being finite.
         run: (network) -> anything.
         rows: at most so many tokens are kept of each layer.
         seed: of the choice of tokens, which depends on nothing else.
@@ -59,7 +61,7 @@ def collect(network: nn.Module, run: Run, rows: int = 1024, seed: int = 0) -> di
             x = (x.movedim(-3, -1) if conv else x).flatten(0, -2).float()
             found = seen.setdefault(name, _Seen())
             largest = x.abs().amax(dim=0)
-            if not largest.isfinite().all():
+            if not isinstance(largest, FakeTensor) and not largest.isfinite().all():
                 raise ValueError(f"calibration: {name} is given numbers that are not finite")
             found.largest = largest if found.largest is None else torch.maximum(found.largest, largest)
             found.kept.append(_some(x, PER_CALL, seed + len(found.kept)))
@@ -77,7 +79,8 @@ def collect(network: nn.Module, run: Run, rows: int = 1024, seed: int = 0) -> di
         for hook in hooks:
             hook.remove()
     found = {}
-    for name, layer in seen.items():
+    for name in list(seen):
+        layer = seen.pop(name)  # so that what is dropped of a layer is gone before the next
         assert layer.largest is not None
         found[name] = Activations(_some(torch.cat(layer.kept), rows, seed), layer.largest)
     return found

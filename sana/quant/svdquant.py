@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from sana.quant import e2m1
 from sana.quant.calibrate import Activations, Run, collect
@@ -180,7 +182,7 @@ def fit(layer: SVDQuantLinear, weight: Tensor, given: Activations, rounds: int =
     Args:
         layer: filled.
         weight: (out, in) float32.
-        given: on the same device.
+        given: on the same device. All three may be fake tensors, to plan memory; an error is 0 then.
         rounds: of the alternation at most.
 
     Returns:
@@ -192,10 +194,12 @@ def fit(layer: SVDQuantLinear, weight: Tensor, given: Activations, rounds: int =
     bias, layer.bias = layer.bias, None  # cancels in the error
 
     def error() -> float:
-        return float((layer.product(given.rows).double() - expected).square().sum() / norm)
+        found = (layer.product(given.rows).double() - expected).square().sum() / norm
+        return 0.0 if isinstance(found, FakeTensor) else float(found)
 
     best, smooth = float("inf"), torch.ones_like(given.largest)
-    for _, _, scale in candidates(given.largest, weight.abs().amax(dim=0)):
+    tried = candidates(given.largest, weight.abs().amax(dim=0))
+    for _, _, scale in islice(tried, 2) if isinstance(weight, FakeTensor) else tried:  # all take the same memory
         layer.fill(weight, scale, *low_rank(weight * scale, layer.rank))
         if (found := error()) < best:
             best, smooth = found, scale

@@ -8,7 +8,8 @@ allocates inside one call; and some kernels for GPUs need less than the plain op
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+import math
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -24,22 +25,19 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from sana.aspect_ratio import drawn_size
 from sana.checkpoint.record import read_quantisation
 from sana.nn.inference import cast_once
-from sana.ops.allocations import Allocations
 from sana.quant.rebuild import kinds_of, rebuild
 from sana.quant.report import arithmetic
 from sana.run.build import build
 from sana.run.compose import Composed
 from sana.run.dtype import check_dtypes
 from sana.run.error import ConfigError
-from sana.run.plan import text_numbers
+from sana.run.part_plan import DTYPES, Text, largest_at_once, peak_of, text_of, weight_bytes
 from sana.run.prompts import read_prompts
 from sana.run.runs import find_weights
 from sana.run.saved import training_behind
 from sana.types import Condition, Prepared
 
 CARDS = (8, 12, 16, 24, 40, 80)  # GiB
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-INSTRUCTION = 256  # tokens before a prompt, generously: the published instruction has fewer
 GIB = 2**30
 
 
@@ -67,7 +65,8 @@ class DrawingPlan:
 
     Attributes:
         parts: name -> bytes of its weights as they are loaded, quantised where they are.
-        stages: name of the part that works -> what is on the device meanwhile.
+        stages: name of the part that works -> what is on the device meanwhile; "calibration" is that of a format which
+            is fitted to the network's work, before anything is drawn.
         images: drawn at once.
         height, width: pixels that the network draws.
         tile: side in pixels of the autoencoder's largest tile, None where it decodes the whole at once.
@@ -104,10 +103,12 @@ def make_drawing_plan(composed: Composed) -> DrawingPlan:
     model = training_behind(config).config.model
     autocast = config.precision in ("auto", "bf16-mixed")
     network, autoencoder = _network(config, model), _autoencoder(config, model)
+    unquantised = copy.deepcopy(network) if calibrates(config) else None
+    network = quantised = _quantised(network, config)
     inside = autocast and config.dtype.autoencoder == "auto"
     if autocast:
         cast_once(network, autoencoder if inside else None)
-    text = _text(config, model)
+    text = text_of(config, model)
     ratio = autoencoder.ratio
     height, width = _size(config, ratio * network.patch)
     images = images_at_once(composed.resolved)
@@ -115,14 +116,14 @@ def make_drawing_plan(composed: Composed) -> DrawingPlan:
     parts = {"text encoder": text.bytes, "network": weight_bytes(network), "autoencoder": weight_bytes(autoencoder)}
     resident = {
         "text encoder": text.largest,
-        "network": _largest_at_once(network, config.offload),
-        "autoencoder": _largest_at_once(autoencoder, config.offload),
+        "network": largest_at_once(network, config.offload),
+        "autoencoder": largest_at_once(autoencoder, config.offload),
     }
     arithmetic(network, torch.device("cpu"))  # some formats try the processor out, which they cannot on fake tensors
     with fake:
         network, autoencoder = network.to_empty(device="cpu"), autoencoder.to_empty(device="cpu")
     latents = (images, autoencoder.channels, height // ratio, width // ratio)
-    pairs = 2 if config.sampler.guidance != 1 and network.guidance_embed is None else 1
+    pairs = _pairs(config, network)
     with torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext(), fake:
         drawing = _denoising(network, latents, pairs, int(config.sampler.steps), text)
     with torch.autocast("cpu", torch.bfloat16) if inside else nullcontext():
@@ -130,32 +131,10 @@ def make_drawing_plan(composed: Composed) -> DrawingPlan:
     working = {"text encoder": text.activations, "network": drawing, "autoencoder": decoding}
     everything = sum(parts.values())
     stages = {name: Stage(everything if config.offload == "none" else resident[name], working[name]) for name in parts}
+    if unquantised is not None:
+        there = everything - parts["network"] + weight_bytes(unquantised)
+        stages["calibration"] = Stage(there, _calibration(config, unquantised, quantised, ratio, autocast, text))
     return DrawingPlan(parts, stages, images, height, width, tile, quant)
-
-
-def weight_bytes(module: nn.Module) -> int:
-    """Of parameters and buffers, each counted once."""
-    return sum(t.numel() * t.element_size() for t in {id(t): t for t in _tensors(module)}.values())
-
-
-def _tensors(module: nn.Module) -> list[Tensor]:
-    return [*module.parameters(), *module.buffers()]
-
-
-def _largest_at_once(module: nn.Module, offload: str) -> int:
-    """Bytes of a part's weights on the device with ``offload="sequential"``: what lies in no list of layers, and the
-    largest layer of those that do; else all of them."""
-    if offload != "sequential":
-        return weight_bytes(module)
-    lists = [part for part in module.modules() if isinstance(part, nn.ModuleList | nn.Sequential)]
-    leaves = {leaf for part in lists for leaf in part.modules() if not list(leaf.children())}
-    stay = [t for part in module.modules() if part not in leaves for t in _own(part)]
-    largest = max((sum(t.numel() * t.element_size() for t in _own(leaf)) for leaf in leaves), default=0)
-    return sum(t.numel() * t.element_size() for t in stay) + largest
-
-
-def _own(module: nn.Module) -> list[Tensor]:
-    return [*module.parameters(recurse=False), *module.buffers(recurse=False)]
 
 
 def _network(config: DictConfig, model: DictConfig) -> Any:
@@ -165,11 +144,45 @@ def _network(config: DictConfig, model: DictConfig) -> Any:
         network = build(model.network, "network").eval().requires_grad_(False)
         if config.precision == "bf16-true":
             _cast(network, torch.bfloat16)
-        if config.quant is not None:
-            network = build(config.quant, "quant")(network)
-        else:
-            network = _as_in_file(network, config)
     return network
+
+
+def _quantised(network: Any, config: DictConfig) -> Any:
+    """The network in the format asked for, or as the checkpoint is."""
+    with torch.device("meta"):
+        return _as_in_file(network, config) if config.quant is None else build(config.quant, "quant")(network)
+
+
+def calibrates(config: DictConfig) -> bool:
+    """Whether the format asked for is fitted to what the network meets."""
+    return config.quant is not None and getattr(build(config.quant, "quant"), "calibrates", False)
+
+
+def _calibration(config: DictConfig, network: Any, quantised: Any, ratio: int, autocast: bool, text: Text) -> int:
+    """Bytes that a calibration allocates, on the prompts and in the batches of `sana.model.quantise`."""
+    quant, sampler = build(config.quant, "quant"), config.sampler
+    count = quant.prompts if isinstance(quant.prompts, int) else len(quant.prompts)
+    images, side = min(count, int(config.batch_size)), int(config.size) // ratio
+    latents = (images, network.in_channels, side, side)
+    pairs = _pairs(config, network)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        network = network.to_empty(device="cpu")
+    return calibration_peak(
+        quant,
+        network,
+        quantised,
+        lambda given: _prepared(given, images, pairs, int(sampler.steps), text),
+        lambda given, prepared: _step(given, latents, pairs, prepared),
+        batches=-(-count // images),
+        calls=int(sampler.steps) * (2 if sampler.get("pag_scale") else 1),
+        latents=4 * pairs * math.prod(latents),
+        autocast=autocast,
+    )
+
+
+def _pairs(config: DictConfig, network: Any) -> int:
+    """Latents that the network is given of each image: two where guidance is by difference."""
+    return 2 if config.sampler.guidance != 1 and network.guidance_embed is None else 1
 
 
 def _as_in_file(network: Any, config: DictConfig) -> Any:
@@ -209,82 +222,28 @@ def _cast(module: nn.Module, dtype: torch.dtype) -> None:
         parameter.data = parameter.data.to(dtype)
 
 
-@dataclass(frozen=True)
-class _Text:
-    """The text encoder: bytes of all weights and of those that are there at once, bytes that it allocates, the number
-    and width of a prompt's rows, and their type."""
-
-    bytes: int
-    largest: int
-    activations: int
-    rows: int
-    channels: int
-    dtype: torch.dtype
-
-
-def _text(config: DictConfig, model: DictConfig) -> _Text:
-    """The text encoder's memory from the numbers of its configuration."""
-    node = model.text_encoder
-    numbers = text_numbers(node)
-    if numbers is None:
-        raise ConfigError(f"dry_run: the text encoder's size is not known: {node.path} is not on this machine")
-    dtype = DTYPES[node.get("dtype", "bfloat16") if config.dtype.text == "auto" else config.dtype.text]
-    rows = int(node.get("max_tokens", 300))
-    tokens = rows + (INSTRUCTION if node.get("instruction") is not None else 0)
-    with torch.device("meta"):
-        gemma = _gemma(numbers).to(dtype)
-    activations = _text_activations(numbers, tokens, dtype)
-    return _Text(
-        weight_bytes(gemma), _largest_at_once(gemma, config.offload), activations, rows, gemma.config.hidden_size, dtype
-    )
-
-
-def _gemma(numbers: dict[str, Any], layers: int | None = None) -> Any:
-    from sana.encoder.text.weights import without
-
-    with without("torchao"):
-        from transformers import Gemma2Config, Gemma2Model
-    made = Gemma2Config(**{key: value for key, value in numbers.items() if key in Gemma2Config().to_dict()})
-    made._attn_implementation = "eager"
-    made.num_hidden_layers = made.num_hidden_layers if layers is None else layers
-    if made.layer_types is not None:
-        made.layer_types = made.layer_types[: made.num_hidden_layers]
-    return Gemma2Model(made).eval().requires_grad_(False)
-
-
-def _text_activations(numbers: dict[str, Any], tokens: int, dtype: torch.dtype) -> int:
-    """Bytes that one prompt of so many tokens allocates: layers come one after the other, so two tell."""
-    with torch.device("meta"):
-        gemma = _gemma(numbers, layers=2).to(dtype)
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        gemma = gemma.to_empty(device="cpu")
-        ids = torch.zeros(1, tokens, dtype=torch.long)
-        return _peak(lambda: gemma(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False))
-
-
-def _denoising(network: Any, latents: tuple[int, int, int, int], pairs: int, steps: int, text: _Text) -> int:
+def _denoising(network: Any, latents: tuple[int, int, int, int], pairs: int, steps: int, text: Text) -> int:
     """Bytes that drawing allocates, fake tensors given: the caption's keys and values, and one step."""
+    return peak_of(lambda: _step(network, latents, pairs, _prepared(network, latents[0], pairs, steps, text)))
+
+
+def _prepared(network: Any, images: int, pairs: int, steps: int, text: Text) -> Prepared:
+    """What all steps share, fake."""
+    prompts = Condition(torch.empty(images + pairs - 1, text.rows, text.channels, dtype=text.dtype))
+    guidance = None if network.guidance_embed is None else torch.empty(images)
+    kv = network.prepare(prompts).text_kv
+    kv = tuple(layer[torch.zeros(pairs * images, dtype=torch.long)] for layer in kv) if pairs > 1 else kv
+    times = network.prepare_times(torch.empty(steps), guidance)
+    mask = torch.ones(pairs * images, text.rows, dtype=torch.bool)
+    return Prepared(kv, mask, guidance, times)
+
+
+def _step(network: Any, latents: tuple[int, int, int, int], pairs: int, prepared: Prepared) -> None:
+    """One call of the network, fake."""
     b, c, h, w = latents
-
-    def step() -> None:
-        prompts = Condition(torch.empty(b + pairs - 1, text.rows, text.channels, dtype=text.dtype))
-        guidance = None if network.guidance_embed is None else torch.empty(b)
-        kv = network.prepare(prompts).text_kv
-        kv = tuple(layer[torch.zeros(pairs * b, dtype=torch.long)] for layer in kv) if pairs > 1 else kv
-        times = network.prepare_times(torch.empty(steps), guidance)
-        x = torch.empty(b, c, 1, h, w)
-        mask = torch.ones(pairs * b, text.rows, dtype=torch.bool)
-        both = torch.cat([x] * pairs)
-        t = torch.zeros(pairs * b, 1)
-        network(both, t, Prepared(kv, mask, guidance, times))
-
-    return _peak(step)
-
-
-def _peak(work: Callable[[], object]) -> int:
-    with torch.no_grad(), Allocations() as allocations:
-        work()
-    return allocations.peak
+    x = torch.empty(b, c, 1, h, w)
+    both = torch.cat([x] * pairs)
+    network(both, torch.zeros(pairs * b, 1), prepared)
 
 
 def _decoding(autoencoder: Any, latents: tuple[int, ...], weights: int, fake: FakeTensorMode) -> tuple[int, int | None]:
@@ -304,7 +263,7 @@ def _decoding(autoencoder: Any, latents: tuple[int, ...], weights: int, fake: Fa
 
 def _blended(autoencoder: Any, like: Tensor, fake: FakeTensorMode) -> int:
     with fake:
-        return _peak(lambda: autoencoder.decode(like))
+        return peak_of(lambda: autoencoder.decode(like))
 
 
 def _size(config: DictConfig, multiple: int) -> tuple[int, int]:
@@ -359,10 +318,13 @@ def print_drawing_plan(composed: Composed, console: Console | None = None) -> No
         table.add_row(f"weights, {name}", _gib(size), escape(what.get(name, f"dtype.text={config.dtype.text}")))
     for name, stage in plan.stages.items():
         there = "all parts" if config.offload == "none" else "alone"
+        if name == "calibration":
+            there = "all parts, the network in full precision"
         note = f"{there} {_gib(stage.weights)} + {_gib(stage.activations)} at work"
         if name == "autoencoder" and plan.tile is not None:
             note += f", in tiles of up to {plan.tile} px"
-        table.add_row(f"while the {name} works", _gib(stage.bytes), escape(note))
+        during = "during calibration" if name == "calibration" else f"while the {name} works"
+        table.add_row(during, _gib(stage.bytes), escape(note))
     card = (
         f"fits a card of {plan.card} GB, without its CUDA context"
         if plan.card

@@ -34,6 +34,7 @@ from sana.nn.linear_attention import LinearAttention
 from sana.nn.mix_ffn import MixFFN
 from sana.objective.flow_matching import flow_matching
 from sana.optimizer.came import CAME
+from sana.quant.fp8_train import fp8_train
 from sana.strategy.replicated import Replicated
 from sana.strategy.sharded import Sharded
 from sana.types import Batch, Condition
@@ -81,6 +82,43 @@ def image(lr: float = 1e-4) -> ImageModule:
         caption_dropout=0.2,
         seed=1,
     )
+
+
+def wide(quantised: bool = True, compile: bool = False, keep: str | None = None) -> ImageModule:
+    """As `image`, of widths that FP8 products take; the embeddings and the last layer stay as they are.
+
+    Args:
+        quantised: with FP8 products.
+        compile: each block.
+        keep: of blocks that are recomputed; None: none is.
+    """
+    torch.manual_seed(6)
+    block = partial(
+        Block,
+        mixer=partial(LinearAttention, head_dim=16, qk_norm=True),
+        cross=partial(CrossAttention, heads=2, qk_norm=True),
+        ffn=MixFFN,
+    )
+    network = Sana(
+        4, 32, 2, 24, [block], text_norm=1.0, checkpoint_every=int(keep is not None), checkpoint_keep=keep or "input"
+    )  # type: ignore[arg-type]
+    module = ImageModule(
+        network=network,
+        autoencoder=nn.Identity(),
+        text_encoder=Captions(),
+        objective=flow_matching,
+        timestep=Uniform(),
+        optimizer=partial(torch.optim.AdamW, lr=1e-3, eps=1e-5),
+        schedule=lambda update: 1.0,
+        clip_norm=0.5,
+        ema_decay=0.9,
+        caption_dropout=0.2,
+        seed=1,
+        compile=compile,
+    )
+    if quantised:  # after the recipe is made, as train.py does
+        module.network = fp8_train(network, exclude=["*_embed.*", "modulation.*", "final.*"])
+    return module
 
 
 def sprint() -> SprintModule:
@@ -211,6 +249,16 @@ class Curve(Callback):
             self._sum = torch.zeros(())
 
 
+KINDS = {
+    "image": image,
+    "adversarial": Adversarial,
+    "sprint": sprint,
+    "wide": partial(wide, quantised=False),
+    "fp8": wide,
+    "fp8 compiled": partial(wide, compile=True),
+    "fp8 recomputed": partial(wide, keep="products"),
+    "fp8 recomputed from inputs": partial(wide, keep="input"),
+}
 STRATEGIES = {
     "single": lambda: "auto",
     "ddp": Replicated,
@@ -238,7 +286,7 @@ def run(
     if WORLD != "1":
         os.environ["WORLD_SIZE"] = WORLD
     world = int(WORLD)
-    recipe = {"image": image, "adversarial": Adversarial, "sprint": sprint}[kind]()
+    recipe = KINDS[kind]()
     recipe.resume = resume
     if rate != 1:  # of the last two blocks, as after a growth
         names = (name for name, _ in recipe.trainables()["network"].named_parameters())
@@ -258,7 +306,7 @@ def run(
     whole = {name: _full(p).clone() for name, p in recipe.state_dict().items()}
     average = {name: _full(p).clone() for ema in recipe.ema.values() for name, p in ema.shadow.items()}
     outputs = None
-    if kind == "image" and not error:
+    if isinstance(recipe, ImageModule) and not error:
         data = Latents().collate([5, 900, 77])
         assert data.latent is not None
         x, t = data.latent.unsqueeze(2), torch.full((3, 1), 0.3)
