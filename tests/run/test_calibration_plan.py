@@ -83,7 +83,7 @@ def test_fitting_takes_the_same_of_fake_tensors() -> None:
             with Allocations() as work:
                 fit(layer, weight, given, 3)
         peaks.append(work.peak)
-    assert peaks[0] == peaks[1]
+    assert peaks[0] == pytest.approx(peaks[1], rel=0.01)
 
 
 @pytest.mark.slow
