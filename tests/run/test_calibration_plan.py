@@ -92,7 +92,7 @@ def test_the_plan_is_what_a_checkpoint_takes(precision: str, monkeypatch: pytest
     """Prompts fill the text encoder's rows, as the plan takes it."""
     prompts = [f"{'red ' * 20}{i}" for i in range(4)]
     settings = [f"quant.prompts=[{','.join(prompts)}]", "quant.rounds=2"]
-    settings += [f"precision={precision}", "device=cpu", "batch_size=3", "sampler.steps=5"]
+    settings += [f"precision={precision}", "device=cpu", "batch_size=2", "sampler.steps=5"]
     composed = prepare("sample", ["ckpt=scenes", "prompt=a ring", "quant=svdquant_w4a4", *settings])
     expected = make_drawing_plan(composed).stages["calibration"]
     restored = restore(composed)
