@@ -43,7 +43,7 @@ def calibration_peak(
         quantised: the same on the meta device after `quant`.
         start: (network) -> what all calls of a batch share: the captions' keys and values, and the times.
         step: (network, that) -> anything: one call of the network.
-        batches: of prompts that are drawn.
+        batches: of prompts that are drawn; the last counts as a whole one.
         calls: of the network for one batch.
         latents: bytes of what the network is given in a call; as much comes out, and both are remembered.
         autocast: whether it draws under autocast to bfloat16.

@@ -28,6 +28,7 @@ from sana.nn.inference import cast_once
 from sana.quant.rebuild import kinds_of, rebuild
 from sana.quant.report import arithmetic
 from sana.run.build import build
+from sana.run.calibration_plan import calibration_peak
 from sana.run.compose import Composed
 from sana.run.dtype import check_dtypes
 from sana.run.error import ConfigError
