@@ -106,6 +106,7 @@ def make_drawing_plan(composed: Composed) -> DrawingPlan:
     network, autoencoder = _network(config, model), _autoencoder(config, model)
     unquantised = copy.deepcopy(network) if calibrates(config) else None
     network = quantised = _quantised(network, config)
+    uncast = weight_bytes(autoencoder)
     inside = autocast and config.dtype.autoencoder == "auto"
     if autocast:
         cast_once(network, autoencoder if inside else None)
@@ -133,7 +134,7 @@ def make_drawing_plan(composed: Composed) -> DrawingPlan:
     everything = sum(parts.values())
     stages = {name: Stage(everything if config.offload == "none" else resident[name], working[name]) for name in parts}
     if unquantised is not None:
-        there = everything - parts["network"] + weight_bytes(unquantised)
+        there = parts["text encoder"] + weight_bytes(unquantised) + uncast
         stages["calibration"] = Stage(there, _calibration(config, unquantised, quantised, ratio, autocast, text))
     return DrawingPlan(parts, stages, images, height, width, tile, quant)
 
