@@ -87,6 +87,7 @@ def test_fitting_takes_the_same_of_fake_tensors() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("precision", ["bf16-mixed", "32-true"])
 def test_the_plan_is_what_a_checkpoint_takes(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Prompts fill the text encoder's rows, as the plan takes it."""
