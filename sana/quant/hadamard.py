@@ -22,17 +22,19 @@ def block_of(rotate: int, channels: int) -> int:
     return math.gcd(rotate, channels) if rotate else 0
 
 
-def hadamard(n: int, device: torch.device) -> Tensor:
+def hadamard(n: int, device: torch.device) -> Tensor | None:
     """(n, n) float32, n a power of two: Sylvester's matrix over sqrt(n), orthogonal and symmetric, so its own
-    inverse."""
+    inverse. None where n is 0 or 1: nothing is to be rotated."""
+    if n < 2:
+        return None
     h = torch.full((1, 1), n**-0.5, device=device)
     while len(h) < n:
         h = torch.cat([torch.cat([h, h], 1), torch.cat([h, -h], 1)])
     return h
 
 
-def rotate_blocks(x: Tensor, block: int) -> Tensor:
-    """(..., k) -> (..., k) float32: each `block` neighbours multiplied by `hadamard`; k is a multiple of it. Twice is
-    the identity."""
+def rotate_blocks(x: Tensor, h: Tensor | None) -> Tensor:
+    """(..., k) -> (..., k) float32: neighbours multiplied by a matrix of `hadamard`, whose size divides k. Twice is the
+    identity."""
     x = x.float()
-    return x if block < 2 else (x.unflatten(-1, (-1, block)) @ hadamard(block, x.device)).flatten(-2)
+    return x if h is None else (x.unflatten(-1, (-1, len(h))) @ h).flatten(-2)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sana.quant.convert import convert_to
-from sana.quant.hadamard import block_of, rotate_blocks
+from sana.quant.hadamard import block_of, hadamard, rotate_blocks
 from sana.quant.int8_weight import Int8WeightLinear
 from sana.quant.rows import quantise_rows
 
@@ -49,26 +49,27 @@ class Int8Linear(Int8WeightLinear):
 
     def quantise(self, weight: Tensor) -> None:
         """Round to nearest, after the rotation."""
-        super().quantise(rotate_blocks(weight, self.rotate))
+        super().quantise(rotate_blocks(weight, hadamard(self.rotate, weight.device)))
 
     def dequantise(self) -> Tensor:
         """(out, in) float32, for tokens that are not rotated."""
-        return rotate_blocks(super().dequantise(), self.rotate)
+        weight = super().dequantise()
+        return rotate_blocks(weight, hadamard(self.rotate, weight.device))
 
     def product(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
-        rows = x.reshape(-1, self.in_features)
+        rows, rotation = x.reshape(-1, self.in_features), hadamard(self.rotate, x.device)
         if x.device.type != "cpu" or len(rows) <= CHUNK:
-            y = self._rows(rows)
+            y = self._rows(rows, rotation)
         else:
             y = x.new_empty(len(rows), self.out_features)
             for given, found in zip(rows.split(CHUNK), y.split(CHUNK), strict=True):
-                found.copy_(self._rows(given))
+                found.copy_(self._rows(given, rotation))
         return y.view(*x.shape[:-1], self.out_features)
 
-    def _rows(self, x: Tensor) -> Tensor:
+    def _rows(self, x: Tensor, rotation: Tensor | None) -> Tensor:
         """(m, in) -> (m, out)."""
-        codes, scale = quantise_rows(rotate_blocks(x, self.rotate))
+        codes, scale = quantise_rows(rotate_blocks(x, rotation))
         y = int_mm(codes, self.weight).float().mul_(scale).mul_(self.scale.mT)
         if self.bias is not None:
             y.add_(self.bias)

@@ -55,6 +55,16 @@ class Uniform:
         return u
 
 
+def block_of(head_dim: int) -> Any:
+    """What makes a block with two heads of this width."""
+    return partial(
+        Block,
+        mixer=partial(LinearAttention, head_dim=head_dim, qk_norm=True),
+        cross=partial(CrossAttention, heads=2, qk_norm=True),
+        ffn=MixFFN,
+    )
+
+
 def image(lr: float = 1e-4) -> ImageModule:
     """A SANA of odd widths under CAME, clipping, averaging and caption dropout.
 
@@ -63,12 +73,7 @@ def image(lr: float = 1e-4) -> ImageModule:
     sums in another order lead elsewhere within three updates, under one strategy and another alike.
     """
     torch.manual_seed(6)
-    block = partial(
-        Block,
-        mixer=partial(LinearAttention, head_dim=17, qk_norm=True),
-        cross=partial(CrossAttention, heads=2, qk_norm=True),
-        ffn=MixFFN,
-    )
+    block = block_of(17)
     return ImageModule(
         network=Sana(4, 34, 3, 24, [block], text_norm=1.0),
         autoencoder=nn.Identity(),
@@ -93,12 +98,7 @@ def wide(quantised: bool = True, compile: bool = False, keep: str | None = None)
         keep: of blocks that are recomputed; None: none is.
     """
     torch.manual_seed(6)
-    block = partial(
-        Block,
-        mixer=partial(LinearAttention, head_dim=16, qk_norm=True),
-        cross=partial(CrossAttention, heads=2, qk_norm=True),
-        ffn=MixFFN,
-    )
+    block = block_of(16)
     network = Sana(
         4, 32, 2, 24, [block], text_norm=1.0, checkpoint_every=int(keep is not None), checkpoint_keep=keep or "input"
     )  # type: ignore[arg-type]
@@ -126,12 +126,7 @@ def sprint() -> SprintModule:
     networks = []
     for guidance in (False, True):
         torch.manual_seed(6)
-        block = partial(
-            Block,
-            mixer=partial(LinearAttention, head_dim=17, qk_norm=True),
-            cross=partial(CrossAttention, heads=2, qk_norm=True),
-            ffn=MixFFN,
-        )
+        block = block_of(17)
         networks.append(Sana(4, 34, 3, 24, [block], text_norm=1.0, time_scale=1.0, guidance_embed=guidance))
     torch.manual_seed(7)
     return SprintModule(
